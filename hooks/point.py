@@ -1,0 +1,303 @@
+"""HookPoint and HookedModule: TransformerLens' classes, with what they leave silent made loud.
+
+This is the one file of ``hooks/`` that imports TransformerLens. It adds to ``HookedRootModule``:
+
+* names that match nothing raise :class:`UnknownSite` in every entry point (``hooks``, ``add_hook``,
+  ``run_with_hooks``, ``run_with_cache``, ``get_caching_hooks``, ``add_caching_hooks``), and a hook or a cache whose site never fires raises
+  :class:`DidNotFire`;
+* ``run_with_cache`` returns an ``ActivationCache``, takes ``fwd_hooks`` and ``bwd_hooks``, slices positions
+  on each site's own axis (``pos_slice``) and refuses what would not fit in memory (``max_memory``);
+* :func:`watched` tells a mixer whether its 4-D tensors are wanted, and :func:`emit` calls a point and conforms
+  what comes out to the site's shape, because a compiled scan does not check shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+from transformer_lens import ActivationCache, HookedRootModule
+from transformer_lens.hook_points import HookPoint
+from transformer_lens.utilities import Slice
+
+from hooks.errors import BadArgument, DidNotFire
+from hooks.memory import check_memory
+from hooks.sites import HEAD_OUT, SITES, Pattern, resolve
+
+Hook = Callable[..., Any]
+HookList = Sequence[tuple[Pattern, Hook]]
+
+
+def site(kind: str, *, parts: int = 1) -> HookPoint:
+    """A hook point for a kind of site in the vocabulary, with its position axis set.
+
+    ``parts`` is 2 where a complex tensor appears as real parts followed by imaginary parts on the last axis.
+    """
+    point = HookPoint()
+    point.pos_dim = (HEAD_OUT if kind == "head.hook_out" else SITES[kind]).pos_dim
+    point.parts = parts  # type: ignore[assignment]
+    point.exposed = 0  # type: ignore[assignment]
+    point.interrupts = []  # type: ignore[assignment]
+    return point
+
+
+def emit(point: nn.Module, value: Tensor) -> Tensor:
+    """What comes out of ``point``, conformed to the shape and dtype of ``value``.
+
+    An edit may return something smaller that broadcasts (a mean with kept dimensions); it is expanded here.
+    Raises :class:`BadArgument` for another number of axes, a shape that does not broadcast, another device, or
+    something that is not a real tensor: a compiled scan would read out of bounds.
+    """
+    out = point(value)
+    if out is value:
+        return value
+    name = getattr(point, "name", None) or "a hook point"
+    if not isinstance(out, Tensor):
+        raise BadArgument(f"the edit of {name} returned {type(out).__name__}: return a tensor like the one it was given")
+    if out.device != value.device:
+        raise BadArgument(f"the edit of {name} returned a tensor on {out.device}, the model is on {value.device}")
+    if out.ndim != value.ndim or any(a not in (1, b) for a, b in zip(out.shape, value.shape, strict=True)):
+        raise BadArgument(f"the edit of {name} returned shape {tuple(out.shape)}, the site has {tuple(value.shape)}")
+    if out.is_complex() or out.dtype == torch.bool:
+        raise BadArgument(f"the edit of {name} returned {out.dtype}: the site holds {value.dtype}")
+    return out.to(value.dtype).expand(value.shape)
+
+
+def watched(*points: nn.Module) -> bool:
+    """Whether calling any of ``points`` would do more than return its argument.
+
+    True for torch hooks of any kind (so for TransformerLens and captum), global module hooks, another class in
+    the slot, ``hooks.expose``, a propagating edit, and a running nnsight trace that is parked on the point or
+    caches it. Anything not recognised counts as watched: slow and right. nnsight's case is exact because its
+    workers take turns with the forward: whoever will be served at a 4-D point is already parked on one, or is
+    woken by one that is. (Asked this way because a flag set by ``add_hook`` misses torch hooks, captum and
+    copies, and never goes off.)
+    """
+    if (
+        torch_module._global_forward_hooks
+        or torch_module._global_forward_pre_hooks
+        or torch_module._global_backward_hooks
+        or torch_module._global_backward_pre_hooks
+    ):
+        return True
+    return any(_is_watched(point) for point in points)
+
+
+def _is_watched(point: nn.Module) -> bool:
+    if type(point).forward is not HookPoint.forward:
+        return True
+    own = point.__dict__
+    if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+        return True
+    if own.get("exposed") or own.get("interrupts"):
+        return True
+    forward = own.get("forward")
+    return forward is not None and _traced(forward)
+
+
+def _traced(forward: Any) -> bool:
+    """Whether an instance ``forward`` is anything but an nnsight controller with nobody waiting."""
+    try:
+        state = forward.state
+        if state.sourced or state.body is not HookPoint.forward:
+            return True
+        interleaver, _, locations = state.active()
+        if interleaver is None:
+            return False
+        return any(place in interleaver.parked or interleaver.observers.get(place) for place in locations)
+    except (AttributeError, TypeError, ValueError):
+        return True
+
+
+class HookedModule(HookedRootModule):
+    """Root of a model with sites. Call ``setup()`` last in ``__init__``.
+
+    A subclass gives ``cfg`` (with ``n_layers`` and ``d_model``) and :meth:`axis_sizes`; its ``forward`` sets
+    ``last_stop`` to the ``stop_at_layer`` that it ran with and counts its runs in ``runs``.
+    """
+
+    cfg: Any
+    runs: int = 0
+    last_stop: int | None = None
+
+    def axis_sizes(self) -> dict[str, int]:
+        """Size of every named axis that does not depend on the input."""
+        raise NotImplementedError
+
+    def add_hook(
+        self,
+        name: Pattern,
+        hook: Hook,
+        dir: Literal["fwd", "bwd"] = "fwd",
+        is_permanent: bool = False,
+        level: int | None = None,
+        prepend: bool = False,
+    ) -> None:
+        """Add ``hook`` to every site that ``name`` picks (name, glob, list or predicate); it stays until reset."""
+        for found in resolve(self, name):
+            super().add_hook(found, hook, dir=dir, is_permanent=is_permanent, level=level, prepend=prepend)
+
+    @contextmanager
+    def hooks(
+        self,
+        fwd_hooks: HookList = (),
+        bwd_hooks: HookList = (),
+        reset_hooks_end: bool = True,
+        clear_contexts: bool = False,
+    ) -> Iterator[HookedModule]:
+        """Temporary hooks, TransformerLens' idiom: ``fwd_hooks=[(name or glob or predicate, fn(tensor, hook))]``.
+
+        Raises :class:`UnknownSite` before anything is added, and :class:`DidNotFire` on a clean exit when the
+        model ran inside and a hook did not fire (one of its matches, where it was a glob or a predicate).
+        """
+        groups: list[_Group] = []
+        for direction, pairs in (("fwd", fwd_hooks), ("bwd", bwd_hooks)):
+            for pattern, hook in pairs:
+                groups.append(_Group(direction, resolve(self, pattern), hook))
+        before = self.runs
+        with super().hooks([], [], reset_hooks_end, clear_contexts):
+            for group in groups:
+                for name in group.names:
+                    self.hook_dict[name].add_hook(group, group.direction, level=self.context_level)
+            yield self
+        if self.runs > before:
+            for group in groups:
+                if not group.fired and (group.direction == "fwd" or reset_hooks_end):
+                    raise DidNotFire(why_silent(self, group.names, group.direction))
+
+    def run_with_hooks(
+        self,
+        *model_args: Any,
+        fwd_hooks: HookList = (),
+        bwd_hooks: HookList = (),
+        reset_hooks_end: bool = True,
+        clear_contexts: bool = False,
+        **model_kwargs: Any,
+    ) -> Any:
+        """The model's output under temporary hooks; TransformerLens' idiom.
+
+        A backward hook needs ``reset_hooks_end=False`` here, or ``model.hooks(bwd_hooks=...)`` around both
+        passes; otherwise it could never fire and :class:`BadArgument` says so.
+        """
+        if bwd_hooks and reset_hooks_end:
+            raise BadArgument(
+                "run_with_hooks would remove its bwd_hooks before a backward pass: use `with model.hooks(bwd_hooks=...)` "
+                "around both passes, or reset_hooks_end=False"
+            )
+        with self.hooks(fwd_hooks, bwd_hooks, reset_hooks_end, clear_contexts):
+            return self.forward(*model_args, **model_kwargs)
+
+    def run_with_cache(  # type: ignore[override]
+        self,
+        *model_args: Any,
+        names_filter: Pattern = None,
+        device: torch.device | str | None = None,
+        remove_batch_dim: bool = False,
+        incl_bwd: bool = False,
+        reset_hooks_end: bool = True,
+        clear_contexts: bool = False,
+        pos_slice: Any = None,
+        fwd_hooks: HookList = (),
+        bwd_hooks: HookList = (),
+        max_memory: int | None = None,
+        **model_kwargs: Any,
+    ) -> tuple[Any, ActivationCache]:
+        """``(output, ActivationCache)`` of one run; without a filter the cache holds every site.
+
+        ``names_filter``: name, glob, list or predicate. ``pos_slice``: int, tuple, slice or list, taken on each
+        site's own position axis (sites without positions are kept whole). ``fwd_hooks`` run before the cache
+        reads. ``max_memory``: bytes that the cache may take, half of what is free by default.
+        Raises :class:`UnknownSite`, :class:`TooLarge` (before the forward), :class:`DidNotFire`.
+        """
+        tokens = model_args[0]
+        names = resolve(self, names_filter, "names_filter")
+        check_memory(self, tokens, names, max_memory, copies=2 if incl_bwd else 1)
+        if remove_batch_dim and tokens.shape[0] != 1:
+            raise BadArgument(f"remove_batch_dim needs one prompt, this batch has {tokens.shape[0]}")
+        cache, forward, backward = self.get_caching_hooks(
+            names, incl_bwd, device, remove_batch_dim=remove_batch_dim, pos_slice=pos_slice
+        )
+        with self.hooks(fwd_hooks, bwd_hooks, reset_hooks_end, clear_contexts):
+            for direction, pairs in (("fwd", forward), ("bwd", backward)):
+                for name, hook in pairs:
+                    self.hook_dict[name].add_hook(hook, direction, level=self.context_level)
+            output = self(*model_args, **model_kwargs)
+            if incl_bwd:
+                output.backward()
+        silent = [name for name in names if name not in cache]
+        if silent and (names_filter is not None or len(silent) == len(names)):
+            raise DidNotFire(why_silent(self, silent, "fwd"))
+        self.is_caching = False
+        return output, ActivationCache(cache, self, has_batch_dim=not remove_batch_dim)
+
+    def get_caching_hooks(  # type: ignore[override]
+        self,
+        names_filter: Pattern = None,
+        incl_bwd: bool = False,
+        device: torch.device | str | None = None,
+        remove_batch_dim: bool = False,
+        cache: dict[str, Tensor] | None = None,
+        pos_slice: Any = None,
+    ) -> tuple[dict[str, Tensor], list[tuple[str, Hook]], list[tuple[str, Hook]]]:
+        """``(cache, forward hooks, backward hooks)`` that fill ``cache`` when they run; adds nothing to the model."""
+        store: dict[str, Tensor] = {} if cache is None else cache
+        names = resolve(self, names_filter, "names_filter")
+        save = partial(
+            _save, store=store, device=device, drop_batch=remove_batch_dim, pos_slice=Slice.unwrap(pos_slice)
+        )
+        backward = [(name, partial(save, suffix="_grad")) for name in names] if incl_bwd else []
+        return store, [(name, partial(save, suffix="")) for name in names], backward
+
+    def add_caching_hooks(  # type: ignore[override]
+        self,
+        names_filter: Pattern = None,
+        incl_bwd: bool = False,
+        device: torch.device | str | None = None,
+        remove_batch_dim: bool = False,
+        cache: dict[str, Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        """A dict that later runs fill; the hooks stay until ``reset_hooks()``."""
+        store, forward, backward = self.get_caching_hooks(names_filter, incl_bwd, device, remove_batch_dim, cache)
+        for direction, pairs in (("fwd", forward), ("bwd", backward)):
+            for name, hook in pairs:
+                self.hook_dict[name].add_hook(hook, direction)
+        return store
+
+
+class _Group:
+    """One user hook on the sites that one pattern picked; knows whether it ever fired."""
+
+    def __init__(self, direction: Any, names: list[str], hook: Hook) -> None:
+        self.direction, self.names, self.hook, self.fired = direction, names, hook, 0
+
+    def __call__(self, tensor: Tensor, hook: HookPoint) -> Any:
+        self.fired += 1
+        return self.hook(tensor, hook=hook)
+
+
+def _save(
+    tensor: Tensor, hook: HookPoint, *, store: dict[str, Tensor], suffix: str, device: Any, drop_batch: bool, pos_slice: Slice
+) -> None:
+    value = tensor.detach().to(device)
+    if hook.pos_dim is not None:
+        value = pos_slice.apply(value, dim=hook.pos_dim)
+    store[str(hook.name) + suffix] = value[0] if drop_batch else value
+
+
+def why_silent(model: Any, names: Sequence[str], direction: str = "fwd") -> str:
+    """One line on why the sites ``names`` did not fire."""
+    shown = ", ".join(names[:3]) + (" …" if len(names) > 3 else "")
+    if direction == "bwd":
+        return (
+            f"no gradient reached {shown}: was backward() called inside, does the output depend on it, "
+            "and is it not overwritten by a constant edit?"
+        )
+    stop = getattr(model, "last_stop", None)
+    if stop is not None:
+        return f"{shown} did not fire: the run ended at stop_at_layer={stop}"
+    return f"{shown} did not fire: the model was not run inside, or this run does not pass there"

@@ -1,0 +1,174 @@
+"""The vocabulary: what every site is called, its axes, its equation, its range; and how patterns pick sites.
+
+A *site* is a named tensor of a model that can be read and edited. Its full name is a path
+(``blocks.3.mixer.hook_delta``); its last part is its *kind*, and :data:`SITES` has one row for each kind.
+Position is axis 1 wherever a site has one, save where the row says otherwise.
+
+Two gates, never one word: the *selection gate* is Δ (``hook_delta_decay`` forgets, ``hook_delta_write``
+writes); the *output gate* is SiLU(z), ``hook_gate``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hooks.errors import BadArgument, UnknownSite
+
+Pattern = str | Sequence[str] | Callable[[str], bool] | None
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One row of the vocabulary: axes by name, equation, range."""
+
+    axes: tuple[str, ...]
+    equation: str
+    range: str = "real"
+    note: str = ""
+
+    @property
+    def pos_dim(self) -> int | None:
+        """The axis that counts positions, or None where the site has no position."""
+        return self.axes.index("pos") if "pos" in self.axes else None
+
+
+_MODEL = ("batch", "pos", "d_model")
+_INNER = ("batch", "pos", "d_inner")
+_STATE = ("batch", "pos", "d_state")
+_FULL = ("batch", "pos", "d_inner", "d_state")
+
+SITES: dict[str, Kind] = {
+    "hook_embed": Kind(_MODEL, "r_0 = read-in(token)"),
+    "hook_resid_pre": Kind(_MODEL, "r, before the block"),
+    "hook_scale": Kind(("batch", "pos", "1"), "sqrt(mean r² + eps)", "> 0"),
+    "hook_normalized": Kind(_MODEL, "r / scale", "real", "before the norm's weight"),
+    "hook_x_in": Kind(_INNER, "x of [x; z] = W_in r̂"),
+    "hook_gate_pre": Kind(_INNER, "z of [x; z] = W_in r̂"),
+    "hook_conv_init": Kind(("batch", "d_inner", "taps"), "the taps before the prompt", "real", "zero unless given"),
+    "hook_x_pre": Kind(_INNER, "causal depthwise convolution of x"),
+    "hook_x": Kind(_INNER, "SiLU(x_pre)", ">= -0.28", "the scan's input; S4D: the normalised residual"),
+    "hook_delta_pre": Kind(_INNER, "W_Δ W_r x + b_Δ"),
+    "hook_delta": Kind(_INNER, "Δ = softplus(delta_pre)", "> 0", "after the softplus; constant in S4D"),
+    "hook_delta_decay": Kind(_INNER, "Δ as it forgets", "> 0", "equals Δ unless edited"),
+    "hook_delta_write": Kind(_INNER, "Δ as it writes", "> 0", "equals Δ unless edited"),
+    "hook_B": Kind(_STATE, "B = W_B x", "real", "the write key"),
+    "hook_C": Kind(_STATE, "C = W_C x", "real", "the read key"),
+    "hook_state_init": Kind(("batch", "d_inner", "d_state"), "h_0", "real", "zero unless given"),
+    "hook_decay": Kind(_FULL, "ā = exp(Δ_decay A)", "(0, 1]", "what survives of the past"),
+    "hook_write": Kind(_FULL, "w = B̄ x", "real", "Mamba: Δ_write B x (Euler); S4D: (e^{ΔA} − 1)/A x (ZOH)"),
+    "hook_state": Kind(_FULL, "h_t = ā_t h_{t−1} + w_t", "real", "hooks.edit propagates; a raw hook changes one read-out"),
+    "hook_y": Kind(_INNER, "C h"),
+    "hook_skip": Kind(_INNER, "D x"),
+    "hook_gate": Kind(_INNER, "SiLU(z)", ">= -0.28", "the output gate"),
+    "hook_gated": Kind(_INNER, "(y + D x) SiLU(z)"),
+    "hook_out": Kind(_MODEL, "W_out ·", "real", "the mixer's output; head.hook_out: the prediction (batch pos out)"),
+    "hook_resid_post": Kind(_MODEL, "r + mixer(norm(r))"),
+}
+HEAD_OUT = Kind(("batch", "pos", "d_out"), "read-out(norm(r))", "real", "the prediction")
+
+
+def kind_of(name: str) -> Kind | None:
+    """The vocabulary row of a full site name, or None for a site that is not ours."""
+    if name == "head.hook_out":
+        return HEAD_OUT
+    return SITES.get(name.rsplit(".", 1)[-1])
+
+
+@dataclass(frozen=True)
+class Site:
+    """One site of one model: full name, axes, axis sizes (None where they depend on the input), row."""
+
+    name: str
+    axes: tuple[str, ...]
+    shape: tuple[int | None, ...]
+    equation: str
+    range: str
+    note: str
+
+
+class SiteTable(tuple[Site, ...]):
+    """The sites of a model in the order in which they fire; prints as a table."""
+
+    @property
+    def names(self) -> list[str]:
+        """Full names, in firing order."""
+        return [site.name for site in self]
+
+    def __repr__(self) -> str:
+        rows = [("site", "axes", "equation", "range")]
+        rows += [(s.name, " ".join(s.axes), s.equation, s.range) for s in self]
+        widths = [max(len(row[i]) for row in rows) for i in range(3)]
+        return "\n".join(
+            "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[3]]) for row in rows
+        )
+
+
+def sites(model: Any) -> SiteTable:
+    """Every site of ``model`` in firing order, with axes, equation and range.
+
+    Works on any object with a ``hook_dict`` of hook points: our models, and TransformerLens models, whose
+    own sites are listed under their own names without an equation.
+    """
+    sizes: dict[str, int] = model.axis_sizes() if hasattr(model, "axis_sizes") else {}
+    found = []
+    for name in model.hook_dict:
+        row = kind_of(name)
+        if row is None:
+            found.append(Site(name, (), (), "", "", "not in the vocabulary"))
+        else:
+            shape = tuple(_size(model, name, axis, sizes) for axis in row.axes)
+            found.append(Site(name, row.axes, shape, row.equation, row.range, row.note))
+    return SiteTable(found)
+
+
+def _size(model: Any, name: str, axis: str, sizes: dict[str, int]) -> int | None:
+    if axis == "1":
+        return 1
+    # A complex state shows as real and imaginary parts: the point knows its own factor.
+    factor = getattr(model.hook_dict[name], "parts", 1) if axis == "d_state" else 1
+    return None if axis not in sizes else sizes[axis] * factor
+
+
+def resolve(model: Any, pattern: Pattern, what: str = "site") -> list[str]:
+    """The names of the sites that ``pattern`` picks, in firing order; never an empty list.
+
+    ``pattern`` is a full name, a glob (``"*.hook_delta"``, ``"blocks.[0-3].mixer.*"``), a list, tuple or set
+    of those, a predicate on names, or None for every site.
+
+    Raises :class:`UnknownSite` where nothing matches (for each entry of a list), with the near names.
+    """
+    names = list(model.hook_dict)
+    if pattern is None:
+        return names
+    if isinstance(pattern, str):
+        found = [pattern] if pattern in model.hook_dict else fnmatch.filter(names, pattern)
+        if not found:
+            raise UnknownSite(_no_match(pattern, names, what))
+        return found
+    if callable(pattern):
+        found = [name for name in names if pattern(name)]
+        if not found:
+            raise UnknownSite(f"the {what} filter matches none of the {len(names)} sites: see hooks.show(model)")
+        return found
+    if isinstance(pattern, Iterable):
+        entries = list(pattern)
+        if not entries:
+            raise UnknownSite(f"an empty list of {what}s was asked for: see hooks.show(model)")
+        picked = {name for entry in entries for name in resolve(model, entry, what)}
+        return [name for name in names if name in picked]
+    raise BadArgument(f"a {what} pattern is a name, a glob, a list or a predicate, not {type(pattern).__name__}")
+
+
+def _no_match(pattern: str, names: list[str], what: str) -> str:
+    kinds = sorted({name.rsplit(".", 1)[-1] for name in names})
+    tail = pattern.rsplit(".", 1)[-1]
+    prefix = pattern[: len(pattern) - len(tail)]
+    near = [prefix + kind for kind in difflib.get_close_matches(tail, kinds, n=2, cutoff=0.7)]
+    near = [guess for guess in near if guess in names or fnmatch.filter(names, guess)]
+    near = near or difflib.get_close_matches(pattern, names, n=2, cutoff=0.75)
+    guess = "; did you mean " + " or ".join(f'"{name}"' for name in near) + "?" if near else ""
+    return f'no {what} matches "{pattern}"{guess} ({len(names)} sites: hooks.show(model))'

@@ -1,0 +1,150 @@
+"""What every model here shares: RMSNorm, the pre-norm residual block, the stack with its read-in and read-out.
+
+A model is ``Stack(cfg, mixer)``: read-in, ``n_layers`` blocks r ← r + mixer(norm(r)), a final norm, a read-out. The mixer
+is the architecture. State goes in and out as one :class:`LayerState` for each layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from hooks.errors import BadArgument
+from hooks.finite import check_input, check_output, check_weights
+from hooks.point import HookedModule, emit, site
+from models.heads import ReadOut, read_in
+
+
+class LayerState(NamedTuple):
+    """What one layer carries from token to token; a part that the architecture lacks is None."""
+
+    conv: Float[Tensor, "batch d_inner taps"] | None
+    """The last d_conv − 1 inputs of the convolution, oldest first."""
+    h: Float[Tensor, "batch d_inner n"]
+    """The recurrence's state (complex states as real parts, then imaginary parts)."""
+
+
+State = Sequence[LayerState]
+
+
+class Config(Protocol):
+    """What the stack reads of a model's configuration."""
+
+    d_model: int
+    n_layers: int
+    norm_eps: float
+    head: str
+
+
+class RMSNorm(nn.Module):
+    """r / sqrt(mean r² + eps) · weight, computed in at least fp32 (Zhang & Sennrich 2019)."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+        self.hook_scale = site("hook_scale")
+        self.hook_normalized = site("hook_normalized")
+
+    def forward(self, r: Float[Tensor, "batch pos width"]) -> Float[Tensor, "batch pos width"]:
+        wide = r.to(torch.promote_types(r.dtype, torch.float32))
+        scale = emit(self.hook_scale, (wide.pow(2).mean(-1, keepdim=True) + self.eps).sqrt())
+        return emit(self.hook_normalized, wide / scale).to(r.dtype) * self.weight
+
+
+class Block(nn.Module):
+    """r + mixer(norm(r)), the pre-norm residual block of Mamba (Gu & Dao 2023, §3.4)."""
+
+    def __init__(self, d_model: int, eps: float, mixer: nn.Module) -> None:
+        super().__init__()
+        self.hook_resid_pre = site("hook_resid_pre")
+        self.norm = RMSNorm(d_model, eps)
+        self.mixer = mixer
+        self.hook_resid_post = site("hook_resid_post")
+
+    def forward(
+        self, r: Float[Tensor, "batch pos d_model"], state: LayerState | None, return_state: bool
+    ) -> tuple[Float[Tensor, "batch pos d_model"], LayerState | None]:
+        r = emit(self.hook_resid_pre, r)
+        out, state = self.mixer(self.norm(r), state, return_state)
+        return emit(self.hook_resid_post, r + out), state
+
+
+class Stack(HookedModule):
+    """Root of every model: ``model(x)`` is the prediction at every position.
+
+    Attributes: ``cfg`` (frozen dataclass), ``architecture`` (its name in ``models.ARCHITECTURES``), ``card`` (what a
+    checkpoint says of itself; empty for a fresh model).
+    """
+
+    architecture: str
+
+    def __init__(self, cfg: Any, mixer: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.card: dict[str, Any] = {}
+        self.embed = read_in(cfg)
+        self.hook_embed = site("hook_embed")
+        self.blocks = nn.ModuleList(Block(cfg.d_model, cfg.norm_eps, mixer()) for _ in range(cfg.n_layers))
+        self.ln_final = RMSNorm(cfg.d_model, cfg.norm_eps)
+        self.head = ReadOut(cfg, self.embed)
+        self.setup()
+
+    def forward(
+        self,
+        x: Tensor,
+        state: State | None = None,
+        return_state: bool = False,
+        stop_at_layer: int | None = None,
+    ) -> Any:
+        """The prediction (batch, pos, d_out); with ``return_state`` also the state after the last position.
+
+        ``x``: (batch, pos, d_in), or integers (batch, pos) for a language model. ``state``: what an earlier call
+        returned, so that chunks equal the whole. ``stop_at_layer=k``: the residual stream before block k instead (negative
+        counts from the end), as in TransformerLens.
+
+        Raises :class:`BadArgument` for an input or a state of another shape, :class:`NonFinite` for NaN or inf, with the
+        place where it first appears.
+        """
+        self.runs += 1
+        self.last_stop = stop_at_layer
+        self._check(x, state)
+        check_input(x)
+        check_weights(self)
+        output, new_state = self._run(x, state, return_state, stop_at_layer)
+        check_output(self, output, lambda: self._run(x, state, return_state, stop_at_layer))
+        return (output, new_state) if return_state else output
+
+    def step(self, token: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """``(prediction (batch, d_out), state)`` of one more token: (batch, d_in), or integers (batch,)."""
+        out, state = self(token[:, None], state=state, return_state=True)
+        return out[:, 0], state
+
+    def axis_sizes(self) -> dict[str, int]:
+        """Size of each named axis that does not depend on the input."""
+        return {"d_model": self.cfg.d_model, "d_out": self.head.d_out, **self.blocks[0].mixer.axis_sizes()}
+
+    def _run(self, x: Tensor, state: State | None, return_state: bool, stop: int | None) -> tuple[Tensor, State]:
+        r = emit(self.hook_embed, self.embed(x))
+        last = len(self.blocks) if stop is None else range(len(self.blocks) + 1)[stop if stop >= 0 else stop - 1]
+        states: list[LayerState] = []
+        for i, block in enumerate(self.blocks[:last]):
+            r, new = block(r, None if state is None else state[i], return_state)
+            states.append(new)
+        if stop is not None:
+            return r, states
+        return self.head(self.ln_final(r)), states
+
+    def _check(self, x: Tensor, state: State | None) -> None:
+        expected = self.embed.expects
+        if x.ndim != (2 if expected is None else 3) or (expected is not None and x.shape[-1] != expected):
+            want = "integers (batch, pos)" if expected is None else f"(batch, pos, {expected})"
+            raise BadArgument(f"the model takes {want}, the input has shape {tuple(x.shape)}")
+        if x.shape[0] == 0 or x.shape[1] == 0:
+            raise BadArgument(f"the input has shape {tuple(x.shape)}: give at least one prompt of one token")
+        if state is not None and len(state) != self.cfg.n_layers:
+            raise BadArgument(f"the state has {len(state)} layers, the model has {self.cfg.n_layers}")
