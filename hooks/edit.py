@@ -1,30 +1,31 @@
 """Edits: pure functions from a site's tensor to the tensor that takes its place.
 
 Each is made by calling (``zero()``, ``scale(.5)``, ``mean(over="batch")`` …) and takes ``pos=`` and
-``channels=`` to act on part of the site only (``channels`` counts along the axis after position). Used through
-``hooks.edit(model, {pattern: edit})``; calling one on a tensor works too: ``zero(pos=0)(delta)``.
+``channels=`` to act on part of the site only (``channels`` counts along the axis after position; where a site has no
+position, along the axis after batch). Used through ``hooks.edit(model, {pattern: edit})``; calling one on a tensor
+works too: ``zero(pos=0)(delta)``.
 
-On ``hook_state`` an edit propagates: h_t is replaced and the recurrence goes on from there. Elementwise affine edits,
-h ← m h + c, fold into the scan's own operands (decay ← m · decay, write ← m · write + c) and stay one
-differentiable scan; the others interrupt the scan at the edited positions.
+On ``hook_state`` an edit propagates (``hooks/propagate.py``): h_t is replaced and the recurrence goes on from there. There a
+plain function is called at each position by itself, with (batch, 1, d_inner, d_state).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hooks.errors import BadArgument
+from hooks.sites import kind_of
 
 Index = int | slice | Sequence[int] | Tensor | None
 # (values of the chosen region, the whole tensor, the site's name) -> new values, broadcastable to the region
 Change = Callable[[Tensor, Tensor, str], Tensor]
-# the site's name -> (m, c) of h <- m h + c
-Affine = Callable[[str], tuple[float | Tensor, float | Tensor]]
+# (the site's name, the site's shape or None while it is not known) -> (m, c) of h <- m h + c
+Affine = Callable[[str, tuple[int, ...] | None], tuple[float | Tensor, float | Tensor]]
 
 
 @dataclass(frozen=True)
@@ -44,12 +45,18 @@ class Edit:
         """``tensor`` with the region replaced; the input is never written to."""
         if self.pos is None and self.channels is None:
             return _conform(self.change(tensor, tensor, site), tensor, site, self.label)
-        at = _indices(self.pos, tensor.shape[1], "pos", site)
-        columns = _indices(self.channels, tensor.shape[2], "channels", site)
-        region = tensor.index_select(1, at.to(tensor.device)).index_select(2, columns.to(tensor.device))
+        at, columns = _axes(site)
+        picks = [_indices(self.channels, tensor.shape[columns], "channels", site)]
+        if at is not None:
+            picks.insert(0, _indices(self.pos, tensor.shape[at], "pos", site))
+        elif self.pos is not None:
+            raise BadArgument(f"{self.label} at {site} takes no pos=: this site has no position axis")
+        region = tensor
+        for axis, index in enumerate(picks, start=1):
+            region = region.index_select(axis, index.to(tensor.device))
         new = _conform(self.change(region, tensor, site), region, site, self.label)
         result = tensor.clone()
-        result[:, at[:, None], columns[None, :]] = new
+        result[(slice(None), *torch.meshgrid(*picks, indexing="ij"))] = new
         return result
 
     def positions(self, length: int, site: str) -> list[int]:
@@ -61,9 +68,14 @@ def _indices(chosen: Index, size: int, what: str, site: str) -> Tensor:
     if chosen is None:
         return torch.arange(size)
     if isinstance(chosen, slice):
-        found = torch.arange(size)[chosen]
+        found = torch.tensor(range(size)[chosen], dtype=torch.long)
     else:
-        found = torch.as_tensor(chosen).reshape(-1)
+        try:
+            found = torch.as_tensor(chosen).reshape(-1).cpu()
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise BadArgument(f"{what}={chosen!r} for {site}: give integers, a slice or a mask") from error
+        if len(found) and (found.is_floating_point() or found.is_complex()):
+            raise BadArgument(f"{what}={chosen} for {site}: indices are integers or a mask")
         if found.dtype == torch.bool:
             if len(found) != size:
                 raise BadArgument(f"{what}: a mask of {len(found)} entries for {site}, which has {size}")
@@ -74,7 +86,15 @@ def _indices(chosen: Index, size: int, what: str, site: str) -> Tensor:
         found = found % size if size else found
     if len(found) == 0:
         raise BadArgument(f"{what}={chosen} picks nothing of the {size} at {site}: nothing would be edited")
+    if len(found.unique()) < len(found):
+        raise BadArgument(f"{what}={chosen} picks the same entry of {site} twice")
     return found
+
+
+def _axes(site: str) -> tuple[int | None, int]:
+    """The position axis of ``site`` (None where it has none) and its channel axis."""
+    row = kind_of(site)
+    return (1, 2) if row is None or row.pos_dim is not None else (None, 1)
 
 
 def _conform(new: Any, like: Tensor, site: str, label: str) -> Tensor:
@@ -84,15 +104,18 @@ def _conform(new: Any, like: Tensor, site: str, label: str) -> Tensor:
         a not in (1, b) for a, b in zip(reversed(new.shape), reversed(like.shape), strict=False)
     ):
         raise BadArgument(f"{label} at {site}: shape {tuple(new.shape)} does not fit the region {tuple(like.shape)}")
-    return new.to(device=like.device, dtype=like.dtype).expand(like.shape)
+    new = new.to(device=like.device, dtype=like.dtype)
+    # Memory of its own after a broadcast: a later hook may write into what it is given.
+    return new if new.shape == like.shape else new.expand(like.shape).contiguous()
 
 
-def _region(values: Tensor, pos: Index, channels: Index, site: str) -> Tensor:
+def region_of(values: Tensor, pos: Index, channels: Index, site: str) -> Tensor:
     """The chosen part of ``values``; an axis that was averaged away (size 1) stays as it is."""
-    if values.shape[1] != 1:
-        values = values.index_select(1, _indices(pos, values.shape[1], "pos", site).to(values.device))
-    if values.shape[2] != 1:
-        values = values.index_select(2, _indices(channels, values.shape[2], "channels", site).to(values.device))
+    at, columns = _axes(site)
+    for axis, chosen, what in ((at, pos, "pos"), (columns, channels, "channels")):
+        if axis is not None and values.shape[axis] != 1:
+            index = _indices(chosen, values.shape[axis], what, site)
+            values = values.index_select(axis, index.to(values.device))
     return values
 
 
@@ -102,7 +125,7 @@ def _affine_edit(
     def change(region: Tensor, whole: Tensor, site: str) -> Tensor:
         return affine_map(region, m, c)
 
-    return Edit(label, change, lambda site: (m, c), pos, channels)
+    return Edit(label, change, lambda site, shape: (m, c), pos, channels)
 
 
 def affine_map(values: Tensor, m: float | Tensor, c: float | Tensor) -> Tensor:
@@ -114,7 +137,7 @@ def affine_map(values: Tensor, m: float | Tensor, c: float | Tensor) -> Tensor:
             raise BadArgument(f"a value of shape {tuple(part.shape)} does not fit the region {tuple(values.shape)}")
     try:
         if not m.requires_grad and bool((m == 0).all()):
-            return c.expand(values.shape)
+            return c.expand(values.shape).clone()
         if not m.requires_grad and bool((m == 1).all()):
             return values + c
         return torch.where(m == 0, torch.zeros((), dtype=values.dtype), values) * m + c
@@ -155,33 +178,38 @@ def mean(
 
     ``"kind"`` means over the positions of each token kind apart, and needs ``kinds`` (one integer for each position; 0 for
     x tokens and 1 for y tokens, say). So one value per channel is ``over=("batch", "pos")``; a schedule without
-    content is ``over="batch"``; one value for x and one for y is ``over=("batch", "kind")``.
+    content is ``over="batch"``; one value for x and one for y is ``over=("batch", "kind")``. The mean is that of the whole
+    site, also where ``pos`` or ``channels`` pick the part that it replaces.
 
     ``reference`` says whose mean it is: None for this batch itself, a tensor of other prompts (the model runs on them,
     unedited, when the edit begins), or a record of such a run. A mean of a reference is a constant; it carries no
-    gradient. Raises :class:`BadArgument` for an unknown axis, missing kinds, or a reference of another length
-    where positions are kept.
+    gradient. Raises :class:`BadArgument` for an unknown axis, missing or needless kinds, a reference of another length
+    where positions are kept, and means over one value each, which would change nothing.
     """
     axes = (over,) if isinstance(over, str) else tuple(over)
     known = ("batch", "pos", "kind", "channel")
     for axis in axes:
         if axis not in known:
             raise BadArgument(f'mean(over="{axis}"): an axis is one of {", ".join(known)}')
-    if "kind" in axes and (kinds is None or "pos" in axes):
+    if not axes:
+        raise BadArgument(f"mean(over=()) is the value itself: name one of {', '.join(known)}")
+    if ("kind" in axes) != (kinds is not None) or {"pos", "kind"} <= set(axes):
         raise BadArgument('mean(over="kind") needs kinds=, one integer for each position, and excludes "pos"')
     kind_index = None if kinds is None else torch.as_tensor(kinds).reshape(-1).long()
     label = f"mean(over={axes})"
 
     def averaged(whole: Tensor, site: str) -> Tensor:
+        at, columns = _axes(site)
+        if at is None and {"pos", "kind"} & set(axes):
+            raise BadArgument(f"{label}: {site} has no position axis")
         out = whole
         if "batch" in axes:
             out = out.mean(0, keepdim=True)
         if "channel" in axes:
-            out = out.mean(2, keepdim=True)
+            out = out.mean(columns, keepdim=True)
         if "pos" in axes:
             out = out.mean(1, keepdim=True)
-        if "kind" in axes:
-            assert kind_index is not None
+        if kind_index is not None:
             if len(kind_index) != out.shape[1]:
                 raise BadArgument(f"kinds has {len(kind_index)} entries, {site} has {out.shape[1]} positions")
             out = out.clone()
@@ -195,21 +223,38 @@ def mean(
             return Edit(label, own, None, pos, channels, across_positions=bool({"pos", "kind"} & set(axes)))
         known_values = values
 
-        def constant(site: str) -> tuple[float, Tensor]:
+        def constant(site: str, shape: tuple[int, ...] | None) -> tuple[float, Tensor]:
             if site not in known_values:
                 raise BadArgument(f"the reference holds no {site}: record the sites that are edited")
-            return 0.0, _region(averaged(known_values[site], site).detach(), pos, channels, site)
+            value = averaged(known_values[site], site).detach()
+            reduced = {i for i, axis in ((1, "pos"), (_axes(site)[1], "channel")) if axis in axes}
+            kept = [i for i in range(1, value.ndim) if i not in reduced]
+            if shape is not None and any(value.shape[i] != shape[i] for i in kept):
+                raise BadArgument(
+                    f"{label} at {site}: the reference's is {tuple(value.shape)}, this run's is {shape}: "
+                    "give reference prompts of the same length"
+                )
+            return 0.0, region_of(value, pos, channels, site)
 
         def change(region: Tensor, whole: Tensor, site: str) -> Tensor:
-            return affine_map(region, *constant(site))
+            return affine_map(region, *constant(site, tuple(whole.shape)))
 
         return Edit(label, change, constant, pos, channels)
 
     def own(region: Tensor, whole: Tensor, site: str) -> Tensor:
-        return _region(averaged(whole, site), pos, channels, site)
+        columns = _axes(site)[1]
+        sizes = {"batch": whole.shape[0], "pos": whole.shape[1], "channel": whole.shape[columns]}
+        repeats = kind_index is not None and len(kind_index.unique()) < len(kind_index)
+        new = averaged(whole, site)
+        if not repeats and all(sizes.get(axis, 1) == 1 for axis in axes):
+            raise BadArgument(f"{label} at {site}: each mean is over one value and changes nothing; use reference=")
+        return region_of(new, pos, channels, site)
+
+    def unbound(region: Tensor, whole: Tensor, site: str) -> Tensor:
+        raise BadArgument(f"{label} has reference prompts, which hooks.edit runs: use it there, or give a record of them")
 
     if isinstance(reference, Tensor):
-        return replace(of(None), prompts=reference, bind=of, across_positions=False)
+        return Edit(label, unbound, None, pos, channels, prompts=reference, bind=of)
     return of(reference)
 
 
@@ -220,7 +265,7 @@ def resample(
 
     Without ``source`` the batch is permuted so that no prompt keeps its own value; the permutation depends on ``seed``
     and the batch size alone, so that all sites of one edit take the same other prompt. ``source`` is a record
-    of other prompts, in this batch's shape. Raises :class:`BadArgument` for a batch of one.
+    of other prompts, in this batch's shape. Raises :class:`BadArgument` for a batch of one, or a source of another shape.
     """
 
     if source is None:
@@ -231,13 +276,15 @@ def resample(
         return Edit("resample()", permute, None, pos, channels)
     values = source
 
-    def constant(site: str) -> tuple[float, Tensor]:
+    def constant(site: str, shape: tuple[int, ...] | None) -> tuple[float, Tensor]:
         if site not in values:
             raise BadArgument(f"resample(source=…) holds no {site}: record the sites that are edited")
-        return 0.0, _region(values[site], pos, channels, site)
+        if shape is not None and tuple(values[site].shape) != shape:
+            raise BadArgument(f"resample() at {site}: the source's is {tuple(values[site].shape)}, this run's is {shape}")
+        return 0.0, region_of(values[site], pos, channels, site)
 
     def change(region: Tensor, whole: Tensor, site: str) -> Tensor:
-        return affine_map(region, *constant(site))
+        return affine_map(region, *constant(site, tuple(whole.shape)))
 
     return Edit("resample()", change, constant, pos, channels)
 
@@ -278,7 +325,7 @@ class DoState:
 
     def as_patterns(self) -> dict[str, Edit]:
         """The same as ``{pattern: edit}``."""
-        layers = [self.layer] if isinstance(self.layer, int) else list(self.layer)
+        layers = list(self.layer) if isinstance(self.layer, Sequence) else [self.layer]
         return {f"blocks.{layer}.mixer.hook_state": self.edit for layer in layers}
 
 
@@ -296,10 +343,11 @@ def as_edit(given: Any, site: str) -> Edit:
         return given
     if callable(given):
         name = getattr(given, "__name__", type(given).__name__)
-        if name in _MAKERS:
+        if any(given is maker for maker in _MAKERS):
             raise BadArgument(f"{name} for {site} is a function that makes an edit: call it, {name}(…)")
-        return Edit(name, lambda region, whole, at: given(region))
+        # A copy, so that a function that writes into what it is given changes this site and nothing that shares memory.
+        return Edit(name, lambda region, whole, at: given(region.clone()))
     raise BadArgument(f"the edit for {site} is {type(given).__name__}: give hooks.zero(), hooks.scale(…) … or a function")
 
 
-_MAKERS = {"zero", "scale", "add", "set_to", "mean", "resample", "freeze", "do_state"}
+_MAKERS = (zero, scale, add, set_to, mean, resample, freeze, do_state)

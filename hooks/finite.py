@@ -21,7 +21,7 @@ def check_input(x: Tensor) -> None:
 
 def check_weights(model: Any) -> None:
     """Raise :class:`NonFinite` with the name of the first parameter that holds NaN or inf."""
-    stamp = [(p.data_ptr(), p._version) for p in model.parameters()]
+    stamp = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters()]
     if getattr(model, "_finite_stamp", None) == stamp:
         return
     for name, parameter in model.named_parameters():
@@ -37,6 +37,9 @@ def check_output(model: Any, output: Tensor, rerun: Any) -> None:
     """
     if _finite(output):
         return
+    # Writes through ``.data`` are not counted by torch: look at the weights again before blaming a site.
+    model._finite_stamp = None
+    check_weights(model)
     found: list[str] = []
 
     def look(tensor: Tensor, hook: Any) -> None:
@@ -51,7 +54,7 @@ def check_output(model: Any, output: Tensor, rerun: Any) -> None:
         for point, handle in handles:
             handle.hook.remove()
             point.fwd_hooks[:] = [kept for kept in point.fwd_hooks if kept is not handle]
-    where = found[0] if found else "the output only; no site holds one"
+    where = found[0] if found else "the output only; no site holds one when the run is repeated"
     raise NonFinite(f"the output holds {_describe(output.detach())}; first seen at {where}")
 
 

@@ -33,7 +33,8 @@ def site_bytes(model: Any, tokens: Tensor, name: str) -> int:
         return 0
     sizes = {**model.axis_sizes(), "batch": tokens.shape[0], "pos": tokens.shape[1], "1": 1}
     parts = getattr(model.hook_dict[name], "parts", 1)
-    number = next((p.element_size() for p in model.parameters()), 4)
+    # Whatever the weights are in, most sites are in at least fp32.
+    number = max(4, next((p.element_size() for p in model.parameters()), 4))
     return math.prod(sizes.get(axis, 1) for axis in row.axes) * parts * number
 
 
@@ -56,7 +57,7 @@ def check_memory(model: Any, tokens: Tensor, names: Sequence[str], max_memory: i
     return total
 
 
-def _human(size: float) -> str:
+def _human(size: int | float) -> str:
     for unit in ("B", "kB", "MB", "GB"):
         if size < 1000:
             return f"{size:.3g} {unit}"

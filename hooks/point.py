@@ -46,13 +46,17 @@ def site(kind: str, *, parts: int = 1) -> HookPoint:
     return point
 
 
-def emit(point: nn.Module, value: Tensor) -> Tensor:
+def emit(point: nn.Module, value: Tensor, *, shared: bool = False) -> Tensor:
     """What comes out of ``point``, conformed to the shape and dtype of ``value``.
 
     An edit may return something smaller that broadcasts (a mean with kept dimensions); it is expanded here.
+    ``shared`` says that somebody else needs ``value`` as it is (the caller, another site, autograd for its own
+    backward): then a hook that writes in place is given a copy.
     Raises :class:`BadArgument` for another number of axes, a shape that does not broadcast, another device, or
     something that is not a real tensor: a compiled scan would read out of bounds.
     """
+    if shared and watched(point):
+        value = value.clone(memory_format=torch.contiguous_format)
     out = point(value)
     if out is value:
         return value
@@ -65,7 +69,8 @@ def emit(point: nn.Module, value: Tensor) -> Tensor:
         raise BadArgument(f"the edit of {name} returned shape {tuple(out.shape)}, the site has {tuple(value.shape)}")
     if out.is_complex() or out.dtype == torch.bool:
         raise BadArgument(f"the edit of {name} returned {out.dtype}: the site holds {value.dtype}")
-    return out.to(value.dtype).expand(value.shape)
+    out = out.to(value.dtype)
+    return out if out.shape == value.shape else out.expand(value.shape).contiguous()
 
 
 def watched(*points: nn.Module) -> bool:
@@ -86,6 +91,11 @@ def watched(*points: nn.Module) -> bool:
     ):
         return True
     return any(_is_watched(point) for point in points)
+
+
+def state_edits(point: nn.Module) -> list[Any]:
+    """The propagating edits of ``hooks.edit`` on a ``hook_state`` point; none where another module is in its slot."""
+    return getattr(point, "interrupts", [])
 
 
 def _is_watched(point: nn.Module) -> bool:
@@ -141,6 +151,18 @@ class HookedModule(HookedRootModule):
         """Add ``hook`` to every site that ``name`` picks (name, glob, list or predicate); it stays until reset."""
         for found in resolve(self, name):
             super().add_hook(found, hook, dir=dir, is_permanent=is_permanent, level=level, prepend=prepend)
+
+    def remove_all_hook_fns(
+        self,
+        direction: Literal["fwd", "bwd", "both"] = "both",
+        including_permanent: bool = False,
+        level: int | None = None,
+    ) -> None:
+        """Remove hooks, and with all forward hooks the edits of ``hook_state`` that ``hooks.edit`` made."""
+        super().remove_all_hook_fns(direction, including_permanent, level)
+        if level is None and direction != "bwd":
+            for point in self.hook_points():
+                getattr(point, "interrupts", []).clear()
 
     @contextmanager
     def hooks(
@@ -214,7 +236,7 @@ class HookedModule(HookedRootModule):
         reads. ``max_memory``: bytes that the cache may take, half of what is free by default.
         Raises :class:`UnknownSite`, :class:`TooLarge` (before the forward), :class:`DidNotFire`.
         """
-        tokens = model_args[0]
+        tokens = model_args[0] if model_args else model_kwargs["x"]
         names = resolve(self, names_filter, "names_filter")
         check_memory(self, tokens, names, max_memory, copies=2 if incl_bwd else 1)
         if remove_batch_dim and tokens.shape[0] != 1:
@@ -229,10 +251,10 @@ class HookedModule(HookedRootModule):
             output = self(*model_args, **model_kwargs)
             if incl_bwd:
                 output.backward()
-        silent = [name for name in names if name not in cache]
-        if silent and (names_filter is not None or len(silent) == len(names)):
-            raise DidNotFire(why_silent(self, silent, "fwd"))
-        self.is_caching = False
+        for direction, suffix in (("fwd", ""), *([("bwd", "_grad")] if incl_bwd else [])):
+            silent = [name for name in names if name + suffix not in cache]
+            if silent and (names_filter is not None or len(silent) == len(names)):
+                raise DidNotFire(why_silent(self, silent, direction))
         return output, ActivationCache(cache, self, has_batch_dim=not remove_batch_dim)
 
     def get_caching_hooks(  # type: ignore[override]
@@ -289,9 +311,11 @@ def _save(
     store[str(hook.name) + suffix] = value[0] if drop_batch else value
 
 
-def why_silent(model: Any, names: Sequence[str], direction: str = "fwd") -> str:
-    """One line on why the sites ``names`` did not fire."""
+def why_silent(model: Any, names: Sequence[str], direction: str = "fwd", ran: bool = True) -> str:
+    """One line on why the sites ``names`` did not fire; ``ran`` says whether the model was run at all."""
     shown = ", ".join(names[:3]) + (" …" if len(names) > 3 else "")
+    if not ran:
+        return f"{shown} did not fire: the model was not run inside"
     if direction == "bwd":
         return (
             f"no gradient reached {shown}: was backward() called inside, does the output depend on it, "
@@ -301,3 +325,24 @@ def why_silent(model: Any, names: Sequence[str], direction: str = "fwd") -> str:
     if stop is not None:
         return f"{shown} did not fire: the run ended at stop_at_layer={stop}"
     return f"{shown} did not fire: the model was not run inside, or this run does not pass there"
+
+
+@contextmanager
+def unhooked(model: Any) -> Iterator[None]:
+    """Inside the block no hook and no edit is on the sites of ``model``; afterwards they are as they were."""
+    held: list[tuple[Any, Any]] = []
+    for point in model.hook_dict.values():
+        own = point.__dict__
+        for table in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+            held.append((own[table], own[table].copy()))
+        if "interrupts" in own:
+            held.append((own["interrupts"], own["interrupts"].copy()))
+    # Emptied and filled again, not replaced: torch's handles refer to these very objects.
+    for table, _ in held:
+        table.clear()
+    try:
+        yield
+    finally:
+        for table, kept in held:
+            table.clear()
+            (table.update if isinstance(table, dict) else table.extend)(kept)

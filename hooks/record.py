@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hooks.errors import DidNotFire
+from hooks.errors import BadArgument, DidNotFire
 from hooks.memory import check_memory
 from hooks.point import why_silent
 from hooks.sites import Pattern, resolve
@@ -24,10 +25,17 @@ class Record(Mapping[str, Tensor]):
         self._values, self.output = values, output
 
     def __getitem__(self, name: str) -> Tensor:
-        if name in self._values:
-            return self._values[name]
-        found = resolve(_Names(self._values), name, "recorded site")
+        found = [name] if name in self._values else resolve(_Names(self._values), name, "recorded site")
+        if len(found) > 1:
+            raise BadArgument(f'"{name}" matches {len(found)} recorded sites, {found[0]} first: take one, or .stack("{name}")')
         return self._values[found[0]]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._values
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The tensor of the site called ``name`` in full, else ``default``."""
+        return self._values.get(name, default)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._values)
@@ -67,12 +75,13 @@ def record(
     check_memory(model, x, names, max_memory)
     values: dict[str, Tensor] = {}
 
-    def save(tensor: Tensor, hook: Any) -> None:
-        values[hook.name] = tensor if grad else tensor.detach().clone()
+    def save(tensor: Tensor, hook: Any, name: str) -> None:
+        values[name] = tensor if grad else tensor.detach().clone()
 
-    handles = []
+    handles: list[Any] = []
     try:
-        handles = [model.hook_dict[name].add_hook(save) for name in names]
+        for name in names:
+            handles.append(model.hook_dict[name].add_hook(partial(save, name=name)))
         with torch.set_grad_enabled(grad):
             output = model(x, **model_kwargs)
     finally:

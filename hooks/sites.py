@@ -12,13 +12,15 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 from hooks.errors import BadArgument, UnknownSite
 
-Pattern = str | Sequence[str] | Callable[[str], bool] | None
+Pattern = str | Iterable[Any] | Callable[[str], Any] | None
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,9 @@ def resolve(model: Any, pattern: Pattern, what: str = "site") -> list[str]:
     names = list(model.hook_dict)
     if pattern is None:
         return names
+    if isinstance(pattern, nn.Module):
+        # A module is callable, so it would pass for a predicate that is true everywhere.
+        raise BadArgument(f'a {what} is picked by its name: "{getattr(pattern, "name", None)}", not by the module')
     if isinstance(pattern, str):
         found = [pattern] if pattern in model.hook_dict else fnmatch.filter(names, pattern)
         if not found:

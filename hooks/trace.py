@@ -6,12 +6,15 @@ from typing import Any
 
 import torch
 
+from hooks.errors import BadArgument
+
 
 def nnsight(model: Any) -> Any:
     """An nnsight wrapper of ``model`` whose traces accept several invokes, batched along axis 0.
 
-    The plain ``NNsight(model)`` refuses a second input in one trace. Inputs of one trace have the same length. nnsight is
-    imported here, on the first call, because most sessions do not need it.
+    The plain ``NNsight(model)`` refuses a second input in one trace. Inputs of one trace have the same length and the same
+    keywords (raises :class:`BadArgument` otherwise). nnsight is imported here, on the first call, because most
+    sessions do not need it.
     """
     from nnsight import NNsight
 
@@ -22,11 +25,19 @@ def nnsight(model: Any) -> Any:
             return int(inputs[0].shape[0]) if inputs else 0
 
         def _batch(self, invokes: list[Any], fn: Any) -> Any:
-            if not invokes:
-                return (), {}
-            keywords: dict[str, Any] = {}
-            for _, given in invokes:
-                keywords.update(given)
+            if len(invokes) < 2:
+                return invokes[0] if invokes else ((), {})
+            (_, keywords), *others = invokes
+            tensors = [value for _, given in invokes for value in given.values() if not _plain(value)]
+            if tensors or any(given != keywords for _, given in others) or any(len(inputs) > 1 for inputs, _ in invokes):
+                raise BadArgument("the invokes of one trace differ in their input only: no state, the same plain keywords")
+            lengths = {tuple(inputs[0].shape[1:]) for inputs, _ in invokes}
+            if len(lengths) > 1:
+                raise BadArgument(f"the inputs of one trace have the same length; here there are {sorted(lengths)}")
             return (torch.cat([inputs[0] for inputs, _ in invokes]),), keywords
 
     return BatchedNNsight(model)
+
+
+def _plain(value: Any) -> bool:
+    return value is None or isinstance(value, bool | int | float | str)

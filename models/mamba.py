@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hooks.errors import BadArgument
-from hooks.point import emit, site, watched
+from hooks.point import emit, site, state_edits, watched
 from models.recurrence import recurrence
 from models.scan import convolution, kernel, selective_scan, selective_states
 from models.stack import LayerState, Stack
@@ -75,7 +75,7 @@ class MambaConfig:
 class CausalConv(nn.Module):
     """Depthwise convolution over the last d_conv inputs: Σ_k weight[:, k] x_{t−d_conv+1+k} + bias.
 
-    Written out over the taps and called as a module, so that hooks on it fire (on the usual Mamba code they never do).
+    Called as a module, so that hooks on it fire (on the usual Mamba code they never do).
     """
 
     def __init__(self, channels: int, taps: int, bias: bool) -> None:
@@ -86,13 +86,10 @@ class CausalConv(nn.Module):
 
     def forward(self, x: Inner, before: Float[Tensor, "batch d_inner taps"]) -> Inner:
         padded = torch.cat([rearrange(before, "batch d_inner taps -> batch taps d_inner"), x], dim=1)
-        length, taps = x.shape[1], self.weight.shape[-1]
-        out = padded[:, taps - 1 :] * self.weight[:, 0, taps - 1]
-        if self.bias is not None:
-            out = out + self.bias
-        for k in range(taps - 1):
-            out = out + padded[:, k : k + length] * self.weight[:, 0, k]
-        return out
+        # A convolution over an image one row high: its channels-last layout is ours, so nothing is transposed or copied.
+        rows = rearrange(padded, "batch pos d_inner -> batch d_inner 1 pos")
+        out = F.conv2d(rows, self.weight[:, :, None], self.bias, groups=self.weight.shape[0])
+        return rearrange(out, "batch d_inner 1 pos -> batch pos d_inner").contiguous()
 
 
 class MambaMixer(nn.Module):
@@ -142,11 +139,13 @@ class MambaMixer(nn.Module):
         """Mixer output, and the state after the last position if ``return_state``."""
         width, taps = self.cfg.d_inner, self.cfg.d_conv - 1
         xz = self.in_proj(r)
-        # Slices, made contiguous: nnsight's gradients over several inputs go wrong at strided sites.
-        x_in = emit(self.hook_x_in, xz[..., :width].contiguous())
-        z = emit(self.hook_gate_pre, xz[..., width:].contiguous())
+        # Copies, not views: nnsight's gradients over several inputs go wrong at strided sites, and a view from a split
+        # cannot be edited in place.
+        x_in, z = (half.clone(memory_format=torch.contiguous_format) for half in xz.split(width, dim=-1))
+        x_in = emit(self.hook_x_in, x_in)
+        z = emit(self.hook_gate_pre, z)
         before = _given(None if state is None else state.conv, (r.shape[0], width, taps), x_in, "conv")
-        before = emit(self.hook_conv_init, before)
+        before = emit(self.hook_conv_init, before, shared=True)
         x_pre = emit(self.hook_x_pre, self.conv1d(x_in, before))
         x = emit(self.hook_x, F.silu(x_pre))
         y, h_last = self._scan(x, state, return_state)
@@ -166,25 +165,29 @@ class MambaMixer(nn.Module):
         if not self.cfg.selective and state is None and not return_state and not watched(*self._scan_points()):
             return self._convolve(x), None
         delta, B, C = self._selection(x)
-        # Two tensors where one may be written to in place, since each role is edited apart.
-        apart = watched(self.hook_delta_decay, self.hook_delta_write)
-        delta_decay = emit(self.hook_delta_decay, delta.clone() if apart else delta)
-        delta_write = emit(self.hook_delta_write, delta.clone() if apart else delta)
+        # Shared: each role is edited apart, also by a hook that writes in place.
+        delta_decay = emit(self.hook_delta_decay, delta, shared=True)
+        delta_write = emit(self.hook_delta_write, delta, shared=True)
         B, C = emit(self.hook_B, B), emit(self.hook_C, C)
         h0 = self._initial_state(None if state is None else state.h, delta)
         A = -torch.exp(self.A_log.to(delta.dtype))
         x = x.to(delta.dtype)
         if not watched(self.hook_decay, self.hook_write, self.hook_state):
             return selective_scan(x, delta_decay, delta_write, A, B, C, h0)
-        if watched(self.hook_decay, self.hook_write) or self.hook_state.interrupts:
-            decay = emit(self.hook_decay, torch.exp(delta_decay[..., None] * A))
+        edits = state_edits(self.hook_state)
+        if edits or watched(self.hook_decay, self.hook_write):
+            decay = torch.exp(delta_decay[..., None] * A)
+            # Autograd keeps the result of exp for itself.
+            decay = emit(self.hook_decay, decay, shared=decay.requires_grad)
             write = emit(self.hook_write, (delta_write * x)[..., None] * B[:, :, None])
-            states = recurrence(decay, write, h0, self.hook_state.interrupts)
+            states = recurrence(decay, write, h0, edits)
         else:
             states = selective_states(x, delta_decay, delta_write, A, B, h0)
         # What is returned as state is h itself; a raw hook on hook_state changes one read-out and no more.
+        h_last = states[:, -1].clone()
         read = emit(self.hook_state, states)
-        return torch.einsum("bldn,bln->bld", read, C), states[:, -1]
+        with torch.autocast(read.device.type, enabled=False):  # the fused path is in at least fp32 as well
+            return torch.einsum("bldn,bln->bld", read, C), h_last
 
     def _scan_points(self) -> tuple[nn.Module, ...]:
         return (
@@ -196,7 +199,7 @@ class MambaMixer(nn.Module):
         """h_0, or None where it is zero and nobody looks."""
         asked = given is not None or watched(self.hook_state_init)
         h0 = _given(given, (like.shape[0], self.cfg.d_inner, self.cfg.d_state), like, "h") if asked else None
-        return None if h0 is None else emit(self.hook_state_init, h0)
+        return None if h0 is None else emit(self.hook_state_init, h0, shared=True)
 
     def _convolve(self, x: Inner) -> Inner:
         """C h of the time-invariant twin: one impulse response for each channel."""
@@ -211,9 +214,9 @@ class MambaMixer(nn.Module):
         rank, n = self.cfg.rank, self.cfg.d_state
         wide = torch.promote_types(x.dtype, torch.float32)
         if self.cfg.selective:
-            parts = self.x_proj(x)
-            delta_pre = self.dt_proj(parts[..., :rank]).to(wide)
-            B, C = parts[..., rank : rank + n].to(wide).contiguous(), parts[..., rank + n :].to(wide).contiguous()
+            low, B, C = self.x_proj(x).split([rank, n, n], dim=-1)
+            delta_pre = self.dt_proj(low).to(wide)
+            B, C = (part.to(wide).clone(memory_format=torch.contiguous_format) for part in (B, C))
         else:
             shape = x.shape[:2]
             delta_pre = self.dt_bias.to(wide).expand(*shape, -1)

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hooks.propagate import StateEdit
 from models.scan import scan
 
 States = Float[Tensor, "batch pos d_inner n"]
@@ -22,27 +23,32 @@ def recurrence(
     decay: States,
     write: States,
     h0: Float[Tensor, "batch d_inner n"] | None,
-    interrupts: Sequence[tuple[Callable[[int], list[int]], Callable[[Tensor, int, int], Tensor]]] = (),
+    edits: Sequence[StateEdit] = (),
     run: Callable[[Tensor, Tensor, Any], Tensor] = scan,
 ) -> States:
-    """All states (batch, pos, d_inner, n), with the ``interrupts`` of a ``hook_state`` point carried out.
+    """All states (batch, pos, d_inner, n), with the ``edits`` that a ``hook_state`` point holds carried out in order.
 
-    Each interrupt is ``(positions(length), change(state, t, length))``. ``run`` is the scan of one segment.
+    ``run`` is the scan of one segment.
     """
     length = decay.shape[1]
-    stops = sorted({t for positions, _ in interrupts for t in positions(length)})
-    if not stops:
-        return run(decay, write, h0)
+    waiting: list[tuple[StateEdit, set[int]]] = []
+    for edit in edits:
+        # What comes after an interruption has to wait for it, so it interrupts as well.
+        if edit.folds and not waiting:
+            decay, write = edit.fold(decay, write)
+        else:
+            waiting.append((edit, set(edit.positions(length))))
     pieces: list[Tensor] = []
     start, state = 0, h0
-    for t in stops:
+    for t in sorted(set().union(*(at for _, at in waiting))):
         segment = run(decay[:, start : t + 1], write[:, start : t + 1], state)
+        before = segment[:, -2] if t > start else torch.zeros_like(segment[:, 0]) if state is None else state
         state = segment[:, -1]
-        for positions, change in interrupts:
-            if t in positions(length):
-                state = change(state, t, length)
+        for edit, at in waiting:
+            if t in at:
+                state = edit.interrupt(state, before, t, length)
         pieces += [segment[:, :-1], state[:, None]]
         start = t + 1
     if start < length:
         pieces.append(run(decay[:, start:], write[:, start:], state))
-    return torch.cat(pieces, dim=1)
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)

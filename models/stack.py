@@ -52,7 +52,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, r: Float[Tensor, "batch pos width"]) -> Float[Tensor, "batch pos width"]:
         wide = r.to(torch.promote_types(r.dtype, torch.float32))
-        scale = emit(self.hook_scale, (wide.pow(2).mean(-1, keepdim=True) + self.eps).sqrt())
+        # Shared: autograd keeps the result of sqrt for itself.
+        scale = emit(self.hook_scale, (wide.pow(2).mean(-1, keepdim=True) + self.eps).sqrt(), shared=True)
         return emit(self.hook_normalized, wide / scale).to(r.dtype) * self.weight
 
 
@@ -69,7 +70,8 @@ class Block(nn.Module):
     def forward(
         self, r: Float[Tensor, "batch pos d_model"], state: LayerState | None, return_state: bool
     ) -> tuple[Float[Tensor, "batch pos d_model"], LayerState | None]:
-        r = emit(self.hook_resid_pre, r)
+        # Shared: the same tensor is the last block's hook_resid_post, or the caller's own.
+        r = emit(self.hook_resid_pre, r, shared=True)
         out, state = self.mixer(self.norm(r), state, return_state)
         return emit(self.hook_resid_post, r + out), state
 
@@ -94,29 +96,34 @@ class Stack(HookedModule):
         self.head = ReadOut(cfg, self.embed)
         self.setup()
 
+    # A compiled forward would not see hooks that are added later; so torch.compile leaves this one alone.
+    @torch.compiler.disable
     def forward(
         self,
         x: Tensor,
         state: State | None = None,
         return_state: bool = False,
         stop_at_layer: int | None = None,
+        start_at_layer: int | None = None,
     ) -> Any:
         """The prediction (batch, pos, d_out); with ``return_state`` also the state after the last position.
 
         ``x``: (batch, pos, d_in), or integers (batch, pos) for a language model. ``state``: what an earlier call
-        returned, so that chunks equal the whole. ``stop_at_layer=k``: the residual stream before block k instead (negative
-        counts from the end), as in TransformerLens.
+        returned, so that chunks equal the whole. ``stop_at_layer=k``: the residual stream before block k instead;
+        ``start_at_layer=k``: ``x`` is that residual stream, (batch, pos, d_model). Both count from the end where negative,
+        as in TransformerLens.
 
         Raises :class:`BadArgument` for an input or a state of another shape, :class:`NonFinite` for NaN or inf, with the
         place where it first appears.
         """
         self.runs += 1
         self.last_stop = stop_at_layer
-        self._check(x, state)
+        start, stop = self._layer(start_at_layer, "start_at_layer"), self._layer(stop_at_layer, "stop_at_layer")
+        self._check(x, state, start)
         check_input(x)
         check_weights(self)
-        output, new_state = self._run(x, state, return_state, stop_at_layer)
-        check_output(self, output, lambda: self._run(x, state, return_state, stop_at_layer))
+        output, new_state = self._run(x, state, return_state, start, stop)
+        check_output(self, output, lambda: self._run(x, state, return_state, start, stop))
         return (output, new_state) if return_state else output
 
     def step(self, token: Tensor, state: State | None = None) -> tuple[Tensor, State]:
@@ -128,19 +135,27 @@ class Stack(HookedModule):
         """Size of each named axis that does not depend on the input."""
         return {"d_model": self.cfg.d_model, "d_out": self.head.d_out, **self.blocks[0].mixer.axis_sizes()}
 
-    def _run(self, x: Tensor, state: State | None, return_state: bool, stop: int | None) -> tuple[Tensor, State]:
-        r = emit(self.hook_embed, self.embed(x))
-        last = len(self.blocks) if stop is None else range(len(self.blocks) + 1)[stop if stop >= 0 else stop - 1]
-        states: list[LayerState] = []
-        for i, block in enumerate(self.blocks[:last]):
-            r, new = block(r, None if state is None else state[i], return_state)
+    def _run(
+        self, x: Tensor, state: State | None, return_state: bool, start: int | None, stop: int | None
+    ) -> tuple[Tensor, list[Any]]:
+        r = emit(self.hook_embed, self.embed(x)) if start is None else x
+        states: list[Any] = []
+        for i in range(start or 0, len(self.blocks) if stop is None else stop):
+            r, new = self.blocks[i](r, None if state is None else state[i], return_state)
             states.append(new)
-        if stop is not None:
-            return r, states
-        return self.head(self.ln_final(r)), states
+        return (r if stop is not None else self.head(self.ln_final(r))), states
 
-    def _check(self, x: Tensor, state: State | None) -> None:
-        expected = self.embed.expects
+    def _layer(self, layer: int | None, what: str) -> int | None:
+        """``layer`` counted from the front; blocks 0 … n_layers, and the end itself."""
+        count = len(self.blocks)
+        if layer is None or 0 <= layer <= count:
+            return layer
+        if -count <= layer < 0:
+            return count + layer
+        raise BadArgument(f"{what}={layer}: the model has {count} layers")
+
+    def _check(self, x: Tensor, state: State | None, start: int | None) -> None:
+        expected = self.embed.expects if start is None else self.cfg.d_model
         if x.ndim != (2 if expected is None else 3) or (expected is not None and x.shape[-1] != expected):
             want = "integers (batch, pos)" if expected is None else f"(batch, pos, {expected})"
             raise BadArgument(f"the model takes {want}, the input has shape {tuple(x.shape)}")

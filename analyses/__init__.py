@@ -1,0 +1,1 @@
+"""One file per question, each with a command line; ``python -m analyses`` lists them."""

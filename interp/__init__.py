@@ -1,0 +1,12 @@
+"""Questions about anything that has sites: what to ask them on, and how sure the answer is.
+
+tasks       what a model is asked to learn in context       tasks.build("linreg", d=5)
+estimators  what a classical method would predict           estimators.build("ols")(batch)
+evaluate    error of each prompt and number of examples     evaluate.errors(model, task)
+stats       intervals, paired tests, multiple comparisons   stats.bootstrap(errors)
+seeds       named random streams                            seeds.generator("probe", 0)
+"""
+
+from interp import estimators, evaluate, seeds, stats, tasks
+
+__all__ = ["estimators", "evaluate", "seeds", "stats", "tasks"]

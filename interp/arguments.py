@@ -1,0 +1,77 @@
+"""Checks at the border of ``interp``: refuse the argument that would give a wrong number."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import torch
+
+from hooks.errors import BadArgument, unknown
+
+
+def known_options(kind: str, function: Callable[..., Any], config: Mapping[str, Any]) -> None:
+    """Nothing, if every key of ``config`` is a parameter of ``function``; else ``BadArgument``.
+
+    The check comes before the call because Python's own ``TypeError`` names the function and not
+    the options that there are, and because a ``TypeError`` raised inside ``function`` would look
+    the same.
+    """
+    options = [name for name in inspect.signature(function).parameters if name != "self"]
+    for asked in config:
+        if asked not in options:
+            raise BadArgument(unknown(f"option of {kind}", asked, options))
+
+
+def whole_number(name: str, value: object, least: int, most: int | None = None) -> int:
+    """``value``, if it is an int in ``least … most``; else ``BadArgument`` says which range.
+
+    A bool is refused although Python counts it as an int: ``d=True`` is a slip, not one dimension.
+    """
+    inside = (
+        isinstance(value, int)
+        and not isinstance(value, bool)
+        and value >= least
+        and (most is None or value <= most)
+    )
+    if not inside:
+        bound = f"at least {least}" if most is None else f"from {least} to {most}"
+        raise BadArgument(f"{name}={value!r} does not work; give a whole number, {bound}")
+    assert isinstance(value, int)
+    return value
+
+
+def one_of(name: str, value: object, options: Collection[str]) -> str:
+    """``value``, if it is one of ``options``; else ``BadArgument`` with the nearest of them."""
+    if not isinstance(value, str) or value not in options:
+        raise BadArgument(unknown(f"value of {name}", str(value), options))
+    return value
+
+
+def named_values(flag: str, given: Collection[str]) -> dict[str, Any]:
+    """``("d=5", "tokens=joint")`` as ``{"d": 5, "tokens": "joint"}``: values are read as JSON, else as text.
+
+    Raises ``BadArgument`` for an entry that is not name=value; ``flag`` is the option's name in the message.
+    """
+    options: dict[str, Any] = {}
+    for entry in given:
+        key, equals, value = entry.partition("=")
+        if not equals or not key:
+            raise BadArgument(f'--{flag} takes name=value, not "{entry}"; e.g. --{flag} d=5')
+        try:
+            options[key] = json.loads(value)
+        except ValueError:
+            options[key] = value
+    return options
+
+
+def usable_device(name: str) -> torch.device:
+    """The device called ``name``, if this machine has it; else ``BadArgument`` with those that it has."""
+    have = ["cpu"]
+    if torch.cuda.is_available():
+        have += ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    if torch.backends.mps.is_available():
+        have.append("mps")
+    return torch.device(one_of("device", name, have))

@@ -1,0 +1,159 @@
+"""The command contract, once for every command: flags from a dataclass, one line per error, exit codes.
+
+    if __name__ == "__main__":
+        raise SystemExit(cli.main(sys.modules[__name__]))
+
+A command is a module with a docstring, ``Config`` (a frozen dataclass with a string under each
+field: it *is* the command line) and ``run(config)``. If it also has ``plot(result)``, what ``run``
+returns is a :class:`interp.result.Result` and is saved with its figure.
+
+Exit codes: 0 done; 2 a wrong argument; 1 a run that failed, with nothing half-written. Every error
+is one line on stderr; ``MAMBASCOPE_TRACEBACK=1`` prints the traceback before it.
+
+This file imports nothing heavy, and neither should a command before ``run`` is called: then
+``--help`` and a mistyped flag answer at once instead of after torch has been loaded. Inside ``run``
+import what is needed; annotations stay strings (``from __future__ import annotations``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol, TypeVar
+
+import tyro
+
+DONE, FAILED, WRONG = 0, 1, 2
+ConfigT = TypeVar("ConfigT")
+
+
+class Report(Protocol):
+    """What a command returns: ``summary`` is for people, ``to_json`` for programs."""
+
+    def summary(self) -> str: ...
+
+    def to_json(self) -> str: ...
+
+
+class _Usage(Exception):
+    """A command line that the dataclass cannot be made from."""
+
+
+def main(module: ModuleType, argv: Sequence[str] | None = None) -> int:
+    """Run the command ``module`` on ``argv`` (the process's own arguments by default).
+
+    Returns the exit code. Reads ``config.out`` and ``config.json`` where the command has them.
+    """
+    try:
+        config = parse(module.Config, argv, prog=_prog(module), description=module.__doc__ or "")
+        report: Report = module.run(config)
+        if hasattr(module, "plot"):
+            report = _saved(module, report, getattr(config, "out", None) or Path("out"))
+        _print(report.to_json() if getattr(config, "json", False) else report.summary())
+    except SystemExit as done:  # --help
+        return done.code if isinstance(done.code, int) else DONE
+    except BaseException as error:
+        code, line = explain(error)
+        if os.environ.get("MAMBASCOPE_TRACEBACK") == "1" and not isinstance(error, _Usage):
+            traceback.print_exc()
+        print(line, file=sys.stderr, flush=True)
+        return code
+    return DONE
+
+
+def parse(
+    config: type[ConfigT], argv: Sequence[str] | None, *, prog: str, description: str = ""
+) -> ConfigT:
+    """``config`` filled from ``argv``; ``--help`` prints and raises SystemExit(0).
+
+    The library draws a box of several lines around a mistake; it is caught and said in one.
+    """
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(config, args=argv, prog=prog, description=description)
+    except SystemExit as stop:
+        if stop.code in (None, 0):
+            raise
+        raise _Usage(_one_line(said.getvalue(), prog)) from None
+
+
+def explain(error: BaseException) -> tuple[int, str]:
+    """The exit code and the one line for an exception that ended a command."""
+    if isinstance(error, _Usage):
+        return WRONG, f"error: {error}"
+    if isinstance(error, KeyboardInterrupt):
+        return FAILED, (
+            "stopped by Ctrl-C; nothing is half-written, and the same command starts again "
+            "(a training goes on from its last checkpoint)"
+        )
+    text = " ".join(str(error).split()) or type(error).__name__
+    # Looked up rather than imported: the package behind it loads torch, and if it is not loaded
+    # yet the error cannot be one of ours.
+    ours = sys.modules.get("hooks.errors")
+    if ours is not None and isinstance(error, ours.MambascopeError):
+        return (WRONG if isinstance(error, ours.BadArgument) else FAILED), f"error: {text}"
+    if isinstance(error, OSError) and error.strerror:
+        return FAILED, f"error: {text}; free some space or mend the folder and run it again"
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return FAILED, f"error: out of memory ({text[:200]}); try --quick or a smaller request"
+    return FAILED, (
+        f"error: {type(error).__name__}: {text[:400]}; this is a mistake in the program: "
+        "MAMBASCOPE_TRACEBACK=1 shows where"
+    )
+
+
+def _saved(module: ModuleType, result: Any, out: Path) -> Any:
+    """``result``, written with its figure; the figure is drawn by the command's own ``plot``."""
+    figure = module.plot(result)
+    figures = {
+        "figure.png": lambda path: figure.savefig(path, dpi=200),
+        "figure.svg": lambda path: figure.savefig(path, metadata={"Date": None}),
+    }
+    return result.save(out, analysis=_name(module), figures=figures)
+
+
+def _name(module: ModuleType) -> str:
+    """``ablate_delta`` for analyses/ablate_delta.py, also when it runs as ``__main__``."""
+    spec = module.__spec__
+    return (module.__name__ if spec is None else spec.name).rsplit(".", 1)[-1]
+
+
+def _prog(module: ModuleType) -> str:
+    spec = module.__spec__
+    return f"python -m {module.__name__ if spec is None else spec.name}"
+
+
+def _print(text: str) -> None:
+    """``text`` on stdout, once for all processes; quiet when the reader (``| head``) has gone."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        # Python flushes stdout once more on exit and would complain there.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _one_line(box: str, prog: str) -> str:
+    """The message of tyro's error box, its near names, and where help is."""
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", box)
+    rows = [row.strip(" │╭╮╰╯") for row in plain.splitlines() if not row.startswith(("╭", "╰"))]
+    parts = re.split(r"─{4,}", "\n".join(rows))
+    message = " ".join(parts[0].split())
+    near = [
+        match
+        for part in parts[1:]
+        if "Perhaps you meant" in part
+        for match in re.findall(r"^--[\w-]+", part, flags=re.MULTILINE)
+    ]
+    if near:
+        message += "; did you mean " + " or ".join(dict.fromkeys(near)) + "?"
+    return f"{message or 'the command line cannot be read'} ({prog} --help lists the options)"

@@ -1,0 +1,322 @@
+"""One optimisation from its first step, or from its checkpoint, to its last.
+
+What is random is a pure function of (seed, step, process) and the schedules are functions of the
+step, so weights, optimizer moments and torch's generator are all that a checkpoint has to hold.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from jaxtyping import Float
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from hooks.errors import BadArgument, NonFinite, RunFailed
+from interp import evaluate, recipe, resume, seeds
+from interp.recipe import TrainConfig
+from interp.tasks.base import Batch, Task
+
+VALIDATION_PROMPTS = 256
+UNDECAYED = {"A", "D", "dt", "delta"}
+
+
+class BlewUp(NonFinite):
+    """The loss or its gradient is NaN or infinite."""
+
+
+class Objective(nn.Module):
+    """The model together with its task: one forward is one training loss.
+
+    accelerate wraps *this* and not the model, so that a task may call the model in any way (several
+    times, with states, through ``step``) and the data-parallel wrapper still sees one forward.
+    """
+
+    def __init__(self, model: nn.Module, task: Task) -> None:
+        super().__init__()
+        self.model = model
+        self.task = task
+
+    def forward(self, batch: Batch, generator: torch.Generator) -> Float[Tensor, ""]:
+        return self.task.training_loss(self.model, batch, generator).mean()
+
+
+@dataclass
+class Stop:
+    """Whether a signal has asked for an orderly end; ``name`` says which."""
+
+    name: str = ""
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if self.name:
+            raise KeyboardInterrupt
+        self.name = signal.Signals(number).name
+
+
+@contextlib.contextmanager
+def orderly_stop() -> Iterator[Stop]:
+    """Turn the first Ctrl-C or SIGTERM into a request that the loop honours between two steps.
+
+    An exception in the middle of an optimizer step would leave half of the weights updated. The
+    second signal does interrupt at once: the last checkpoint on the disk is whole in any case.
+    """
+    stop = Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What every optimisation of one training shares."""
+
+    build_model: Callable[[], nn.Module]
+    task: Task
+    config: TrainConfig
+    folder: Path
+    accelerator: Accelerator
+    stop: Stop = field(default_factory=Stop)
+
+    @property
+    def again(self) -> str:
+        return f"the same command (--out {self.folder}) goes on from there"
+
+
+def fit(
+    run: Run, peak: float, steps: int, name: str, *, label: str, metrics: Path | None = None
+) -> tuple[nn.Module, float]:
+    """The model trained for ``steps`` at peak rate ``peak``, and the seconds that it took in all.
+
+    Goes on from ``resume/<name>.safetensors`` if that is there, and writes it every ``save_every``
+    steps and after the last one. Raises :class:`BlewUp` before a step that is not finite is taken.
+    """
+    config, accelerator = run.config, run.accelerator
+    model = initial_model(run)
+    optimizer = adamw(model, config)
+    # The optimizer stays torch's own: accelerate's wrapper is for loss scaling, which bf16 does not
+    # need, and looks for an optional package on the disk twice at every step.
+    objective = accelerator.prepare(Objective(model, run.task))
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    file = run.folder / "resume" / f"{name}.safetensors"
+    progress = _go_on(run, file, model, optimizer)
+    writer = None
+    if metrics is not None and accelerator.is_main_process:
+        writer = resume.Metrics(metrics, keep=progress["step"])
+    validate = validation(run)
+    began = time.perf_counter() - progress["seconds"]
+    bar = tqdm(
+        total=steps,
+        initial=progress["step"],
+        desc=label,
+        disable=not (accelerator.is_main_process and sys.stderr.isatty()),
+        mininterval=0.5,
+    )
+    model.train()
+    with bar:
+        for step in range(progress["step"], steps):
+            rate = recipe.learning_rate(config, step, steps, peak)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            try:
+                loss = objective(*training_batch(run, step, steps))
+            except NonFinite:  # the model found it first; every process has to hear of it below
+                loss = torch.full((), math.nan, device=accelerator.device)
+            value, asked = _agree(accelerator, loss, run.stop)
+            norm = math.nan
+            if math.isfinite(value):
+                accelerator.backward(loss)
+                norm = float(nn.utils.clip_grad_norm_(parameters, config.grad_clip or math.inf))
+            if not math.isfinite(norm):
+                raise BlewUp(
+                    f"the loss is {value:g} and the norm of its gradient {norm:g} at step {step} "
+                    f"of {steps} (learning rate {rate:.3g}); try lower --learning-rates or a "
+                    "longer --warmup, in another --out"
+                )
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            bar.update()
+
+            done = step + 1
+            progress["step"] = done
+            progress["loss_sum"] += value
+            progress["loss_count"] += 1
+            progress["seconds"] = time.perf_counter() - began
+            if done % config.eval_every == 0 or done == steps:
+                row = _row(progress, rate, run.task, *validate(model))
+                progress["loss_sum"], progress["loss_count"] = 0.0, 0
+                bar.set_postfix_str(_postfix(row))
+                if writer is not None:
+                    writer.append(row)
+            if done % config.save_every == 0 or done == steps or asked:
+                _keep(run, file, model, optimizer, progress)
+            if asked and done < steps:
+                raise RunFailed(
+                    f"stopped by {run.stop.name or 'a signal'} after step {done} of {steps} "
+                    f"({label}); {run.again}"
+                )
+    return model, progress["seconds"]
+
+
+def initial_model(run: Run) -> nn.Module:
+    """The untrained model of the recipe's seed, on its device; leaves torch's generator seeded."""
+    torch.manual_seed(seeds.number("init", run.config.seed))
+    model = run.build_model().to(run.accelerator.device)
+    torch.manual_seed(seeds.number("train-noise", run.config.seed, run.accelerator.process_index))
+    return model
+
+
+def adamw(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW that decays matrices and leaves alone biases, norms and the recurrence's A, D and dt.
+
+    Fused: one kernel for all parameters, where the plain loop costs more than a small model's
+    backward pass.
+    """
+    decayed, kept = [], []
+    for name, parameter in model.named_parameters():
+        words = set(name.rsplit(".", 1)[-1].split("_"))
+        plain = parameter.ndim < 2 or bool(words & UNDECAYED)
+        (kept if plain else decayed).append(parameter)
+    groups = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": kept, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]], lr=0.0, betas=config.betas, fused=True
+    )
+
+
+def training_batch(run: Run, step: int, steps: int) -> tuple[Batch, torch.Generator]:
+    """This process's share of the prompts of ``step``, at the curriculum's size, and their stream."""
+    config, task, accelerator = run.config, run.task, run.accelerator
+    generator = seeds.generator("train", config.seed, step, accelerator.process_index)
+    batch = task.sample(
+        config.batch_size // accelerator.num_processes,
+        generator,
+        d_active=recipe.curriculum(config, step, steps, task.d),
+        n_pairs=recipe.curriculum(config, step, steps, task.n_pairs, least=2),
+    )
+    return batch.to(accelerator.device) if accelerator.device.type != "cpu" else batch, generator
+
+
+Errors = Float[Tensor, " n_pairs"]
+
+
+def validation(run: Run) -> Callable[[nn.Module], tuple[Errors, dict[str, Errors]]]:
+    """A function model → (its error at each k, the baselines'), on one fixed batch of prompts."""
+    batch = evaluate.prompts(run.task, VALIDATION_PROMPTS, run.config.seed, "validation")
+    rivals = {
+        name: loss.mean(0) / run.task.scale for name, loss in run.task.baselines(batch).items()
+    }
+
+    def measure(model: nn.Module) -> tuple[Errors, dict[str, Errors]]:
+        with run.accelerator.autocast():
+            errors = evaluate.errors(model, run.task, batch=batch)
+        return errors.float().mean(0), rivals
+
+    return measure
+
+
+def examples_to_report(task: Task) -> tuple[int, ...]:
+    """The numbers of examples seen, k = d, 2d and 4d, as far as the prompts go."""
+    return tuple(k for k in (task.d, 2 * task.d, 4 * task.d) if k < task.n_pairs)
+
+
+def _agree(accelerator: Accelerator, loss: Tensor, stop: Stop) -> tuple[float, bool]:
+    """(mean loss over processes, whether any was asked to stop), the same in every process."""
+    if accelerator.num_processes == 1:
+        return float(loss.detach()), bool(stop.name)
+    both = torch.stack([loss.detach().float(), loss.new_tensor(float(bool(stop.name)))])
+    value, asked = accelerator.reduce(both, "mean").tolist()
+    return value, asked > 0
+
+
+def _row(
+    progress: dict[str, Any], rate: float, task: Task, errors: Errors, rivals: dict[str, Errors]
+) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "step": progress["step"],
+        "loss": progress["loss_sum"] / progress["loss_count"],
+        "lr": rate,
+        "error_mean": float(errors.mean()),
+    }
+    row |= {f"error_k{k}": float(errors[k]) for k in examples_to_report(task)}
+    if "ols" in rivals:
+        row |= {f"ols_k{k}": float(rivals["ols"][k]) for k in examples_to_report(task)}
+    return row | {"seconds": round(progress["seconds"], 3)}
+
+
+def _postfix(row: dict[str, Any]) -> str:
+    keys = [key for key in row if key.startswith("error_k")]
+    if not keys:
+        return f"error {row['error_mean']:.4f}"
+    key = keys[min(1, len(keys) - 1)]
+    ols = row.get(key.replace("error", "ols"))
+    text = f"k={key.removeprefix('error_k')}: error {row[key]:.4f}"
+    return text if ols is None else f"{text}, OLS {ols:.4f}"
+
+
+def _keep(
+    run: Run,
+    file: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    progress: dict[str, Any],
+) -> None:
+    accelerator = run.accelerator
+    mine = torch.get_rng_state()
+    if accelerator.device.type == "cuda":
+        mine = torch.cat([mine, torch.cuda.get_rng_state(accelerator.device)])
+    rng = accelerator.gather(mine[None].to(accelerator.device)).cpu()
+    if accelerator.is_main_process:
+        saved = {**progress, "processes": accelerator.num_processes}
+        resume.write(file, resume.State(resume.pack(model, optimizer, rng), saved))
+    accelerator.wait_for_everyone()
+
+
+def _go_on(
+    run: Run, file: Path, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> dict[str, Any]:
+    """The progress in ``file``, with model, optimizer and generator put back; else a start."""
+    if not file.exists():
+        return {"step": 0, "seconds": 0.0, "loss_sum": 0.0, "loss_count": 0}
+    accelerator = run.accelerator
+    state = resume.read(file)
+    progress = state.progress
+    if progress["processes"] != accelerator.num_processes:
+        raise BadArgument(
+            f"{run.folder} was trained by {progress['processes']} process(es) and this is "
+            f"{accelerator.num_processes}: the prompts would differ; start as many as before or "
+            "give another --out"
+        )
+    try:
+        rng = resume.unpack(state.tensors, model, optimizer)
+    except (RuntimeError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise BadArgument(
+            f"the resume file {file} is of another model: {reason}; delete it to train from step 0"
+        ) from error
+    size = torch.get_rng_state().numel()
+    mine = rng[accelerator.process_index]
+    torch.set_rng_state(mine[:size])
+    if accelerator.device.type == "cuda" and mine.numel() > size:
+        torch.cuda.set_rng_state(mine[size:], accelerator.device)
+    return {key: progress[key] for key in ("step", "seconds", "loss_sum", "loss_count")}
+

@@ -1,0 +1,153 @@
+"""The figures' one style, and the few kinds of panel that analyses are made of.
+
+Colour-blind-safe (Okabe & Ito), told apart in grey by line style and marker too; every curve has its interval, every
+figure its n and its baseline. This is the one place that imports matplotlib and seaborn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import numpy as np
+import seaborn
+from jaxtyping import Float
+from matplotlib import pyplot
+from matplotlib.axes import Axes
+from matplotlib.colors import SymLogNorm
+from matplotlib.figure import Figure
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8A6FB5")
+STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (6, 2, 1, 2)))
+MARKERS = ("o", "s", "^", "v", "D", "P", "X", "*")
+
+
+def canvas(columns: Sequence[float], height: float, width: float = 12.5) -> tuple[Figure, list[Axes]]:
+    """A figure with one row of panels of the given relative widths, lettered a, b, c …"""
+    seaborn.set_theme(context="paper", style="ticks", font_scale=1.05)
+    pyplot.rcParams["svg.fonttype"] = "none"
+    figure, axes = pyplot.subplots(
+        1, len(columns), figsize=(width, height), gridspec_kw={"width_ratios": list(columns)}, layout="constrained"
+    )
+    panels = list(np.atleast_1d(axes))
+    if len(panels) > 1:
+        for letter, panel in zip("abcdefgh", panels, strict=False):
+            panel.set_title(letter, loc="left", fontweight="bold")
+    return figure, panels
+
+
+def curves(
+    axes: Axes,
+    x: Sequence[float],
+    lines: Mapping[str, tuple[Float[np.ndarray, "k"], Float[np.ndarray, "k"], Float[np.ndarray, "k"]]],
+    *,
+    floor: float,
+) -> None:
+    """Lines with interval bands on a log axis; ``lines`` is name → (mean, low, high). Below ``floor`` nothing is drawn."""
+    for i, (name, (mean, low, high)) in enumerate(lines.items()):
+        style = i % len(STYLES)
+        axes.plot(
+            x,
+            np.maximum(mean, floor),
+            color=COLOURS[style],
+            linestyle=STYLES[style],
+            marker=MARKERS[style],
+            markersize=3.5,
+            markevery=(i % 3, 3),
+            linewidth=1.4,
+            label=name,
+        )
+        axes.fill_between(x, np.maximum(low, floor), np.maximum(high, floor), color=COLOURS[style], alpha=0.18, linewidth=0)
+    axes.set_yscale("log")
+    axes.set_ylim(bottom=floor)
+    seaborn.despine(ax=axes)
+
+
+def baseline(axes: Axes, x: Sequence[float], y: Float[np.ndarray, "k"], name: str, *, floor: float) -> None:
+    """A reference curve: thick, grey, without a band of its own."""
+    axes.plot(x, np.maximum(y, floor), color="0.45", linewidth=2.6, alpha=0.75, zorder=1, label=name)
+
+
+def heat_map(
+    axes: Axes,
+    values: Float[np.ndarray, "row column"],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    *,
+    label: str,
+    unsure: np.ndarray | None = None,
+) -> None:
+    """Signed values on a symmetric log colour scale, each written in its cell; ``unsure`` cells (interval holds 0) in grey italics."""
+    top = float(np.nanmax(np.abs(values))) or 1.0
+    small = max(top / 1000, 1e-12)
+    image = axes.imshow(values, cmap="PuOr_r", norm=SymLogNorm(small, vmin=-top, vmax=top), aspect="auto")
+    for (i, j), value in np.ndenumerate(values):
+        doubt = unsure is not None and bool(unsure[i, j])
+        shade = image.cmap(image.norm(value))
+        dark = 0.299 * shade[0] + 0.587 * shade[1] + 0.114 * shade[2] < 0.5
+        axes.text(
+            j,
+            i,
+            _short(value),
+            ha="center",
+            va="center",
+            fontsize=6.5,
+            color="white" if dark else ("0.45" if doubt else "black"),
+            fontstyle="italic" if doubt else "normal",
+        )
+    axes.set_xticks(range(len(columns)), columns)
+    axes.set_yticks(range(len(rows)), rows)
+    axes.tick_params(length=0)
+    bar = axes.figure.colorbar(image, ax=axes, fraction=0.05, pad=0.02)
+    bar.set_label(label)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+def shares(
+    axes: Axes, bars: Mapping[str, Mapping[str, tuple[float, float, float]]], levels: Sequence[str], *, label: str
+) -> None:
+    """Stacked bars that sum to 1: bar name → level → (share, low, high); the share and its interval written in."""
+    shades = {level: COLOURS[i % len(COLOURS)] for i, level in enumerate(levels)}
+    hatches = dict(zip(levels, ("", "///", "...", "xx", "\\\\", "++"), strict=False))
+    for position, parts in enumerate(bars.values()):
+        bottom = 0.0
+        for level, (share, low, high) in parts.items():
+            axes.bar(
+                position, share, 0.72, bottom, color=shades[level], hatch=hatches[level], edgecolor="white", linewidth=0.5
+            )
+            if share > 0.045:
+                text = f"{share:.2f}\n[{low:.2f}, {high:.2f}]" if share > 0.09 else f"{share:.2f} [{low:.2f}, {high:.2f}]"
+                axes.text(
+                    position,
+                    bottom + share / 2,
+                    text,
+                    ha="center",
+                    va="center",
+                    fontsize=6.5,
+                    bbox={"facecolor": "white", "alpha": 0.85, "edgecolor": "none", "pad": 0.6},
+                )
+            bottom += share
+    axes.set_xticks(range(len(bars)), list(bars))
+    axes.set_ylim(0, 1)
+    axes.set_ylabel(label)
+    seaborn.despine(ax=axes)
+    present = [level for level in levels if any(level in parts for parts in bars.values())]
+    handles = [
+        pyplot.Rectangle((0, 0), 1, 1, facecolor=shades[level], hatch=hatches[level], edgecolor="white") for level in present
+    ]
+    axes.legend(handles[::-1], present[::-1], frameon=False, fontsize=7.5, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+
+
+def _short(value: float) -> str:
+    size = abs(value)
+    if size == 0:
+        return "0"
+    if size >= 10:
+        return f"{value:.0f}"
+    if size >= 0.1:
+        return f"{value:.2f}"
+    return f"{value:.3f}" if size >= 0.001 else f"{value:.0e}".replace("e-0", "e-")

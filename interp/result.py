@@ -1,0 +1,230 @@
+"""What an analysis found: config, table, arrays, checks and provenance, in a folder that is whole.
+
+``Result.load(folder)`` gives the numbers back without the model and without unpickling anything.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from hooks.errors import BadArgument
+from interp.files import strict_json, whole_folder, write_whole
+
+FORMAT = "mambascope-result-1"
+FILES = ("result.json", "table.csv", "arrays.npz")
+Figures = Mapping[str, Callable[[Path], Any] | bytes]
+
+
+@dataclass(frozen=True)
+class Check:
+    """A statement that must hold for the numbers to mean anything: ``value`` within ``bound``."""
+
+    name: str
+    value: float
+    bound: float
+    ok: bool
+
+    @staticmethod
+    def at_most(name: str, value: float, bound: float) -> Check:
+        """``value <= bound``; NaN fails."""
+        return Check(name, float(value), float(bound), bool(value <= bound))
+
+    @staticmethod
+    def at_least(name: str, value: float, bound: float) -> Check:
+        """``value >= bound``; NaN fails."""
+        return Check(name, float(value), float(bound), bool(value >= bound))
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """Config, table, arrays, checks and provenance of one analysis.
+
+    ``config`` and ``provenance`` are JSON values. ``provenance`` should hold what
+    :func:`interp.provenance.provenance` gives and ``weights``, a digest of the model's (or a
+    mapping of several models'): with the config and the commit it names the folder. A missing text
+    in ``table`` comes back from the disk as the empty text; numbers come back to the last bit.
+    """
+
+    config: dict[str, Any]
+    table: pd.DataFrame
+    arrays: dict[str, np.ndarray] = field(default_factory=dict)
+    checks: Sequence[Check] = ()
+    provenance: dict[str, Any] = field(default_factory=dict)
+    folder: Path | None = None
+    """Where it was saved or loaded from; None before."""
+
+    def __post_init__(self) -> None:
+        # JSON's own view of them, so that a saved and a loaded result are equal.
+        for name in ("config", "provenance"):
+            object.__setattr__(self, name, json.loads(strict_json(getattr(self, name))))
+        object.__setattr__(self, "checks", tuple(self.checks))
+        for column, kind in self.table.dtypes.items():
+            if not (_NUMBERS.fullmatch(str(kind)) or _TEXT.fullmatch(str(kind))):
+                raise BadArgument(
+                    f'column "{column}" has type {kind}; give plain numbers, booleans or text'
+                )
+        arrays = {name: np.asarray(value) for name, value in self.arrays.items()}
+        for name, value in arrays.items():
+            if value.dtype.hasobject:
+                raise BadArgument(
+                    f'array "{name}" holds Python objects, which only a pickle could keep; '
+                    "give numbers, booleans or text"
+                )
+        object.__setattr__(self, "arrays", arrays)
+
+    @property
+    def ok(self) -> bool:
+        """Whether every check holds."""
+        return all(check.ok for check in self.checks)
+
+    @property
+    def digest(self) -> str:
+        """Ten hex digits of config, seed, weights and commit: equal runs have equal names.
+
+        A seed in the config counts with it. Where the code was dirty the commit says so, and two
+        different dirty states share a name: the later run replaces the earlier.
+        """
+        named = {key: self.provenance.get(key) for key in ("seed", "weights", "commit", "dirty")}
+        text = json.dumps({"config": self.config, **named}, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+    def save(self, out: Path | str, *, analysis: str, figures: Figures | None = None) -> Result:
+        """Write ``out/<analysis>/<task>-<model>-<digest>/`` whole, and return it with its folder.
+
+        ``figures`` maps a file name to its bytes or to a function that writes the path it is given.
+        An identical run's folder is replaced by a swap. Raises :class:`BadArgument` when ``out``
+        cannot be written, :class:`RunFailed` when the disk is full; either way what was there stays.
+        """
+        config = self.config
+        models = config.get("model") or "+".join(map(str, config.get("models") or ["none"]))
+        name = f"{_slug(config.get('task', 'none'))}-{_slug(models)}-{self.digest}"
+        final = Path(out) / analysis / name
+        with whole_folder(final) as folder:
+            write_whole(folder / "result.json", self.to_json() + "\n")
+            write_whole(folder / "table.csv", self.table.to_csv(index=False))
+            buffer = io.BytesIO()
+            np.savez_compressed(buffer, **self.arrays)  # type: ignore[arg-type]
+            write_whole(folder / "arrays.npz", buffer.getvalue())
+            for file, figure in (figures or {}).items():
+                if isinstance(figure, bytes):
+                    write_whole(folder / file, figure)
+                else:
+                    figure(folder / file)
+        return Result(config, self.table, self.arrays, self.checks, self.provenance, final)
+
+    @staticmethod
+    def load(path: Path | str) -> Result:
+        """The result in the folder ``path``; a damaged or foreign folder is a BadArgument."""
+        folder = Path(path)
+        missing = [name for name in FILES if not (folder / name).is_file()]
+        if missing:
+            raise BadArgument(
+                f"{folder} holds no result: {', '.join(missing)} is not there; give a folder that "
+                "an analysis wrote"
+            )
+        try:
+            head = json.loads((folder / "result.json").read_text())
+            if not isinstance(head, dict) or head.get("format") != FORMAT:
+                raise ValueError(f"result.json is not in the format {FORMAT}")
+            # As text: pandas' guesses would turn a mode called "None" or "NA" into a missing value.
+            text = io.StringIO((folder / "table.csv").read_text(encoding="utf-8"))
+            table = pd.read_csv(text, dtype=str, keep_default_na=False, na_filter=False)
+            table = _typed(table, head["columns"], int(head["rows"]))
+            with np.load(folder / "arrays.npz", allow_pickle=False) as stored:
+                arrays = {name: stored[name] for name in stored.files}
+            if sorted(arrays) != sorted(head["arrays"]):
+                raise ValueError("arrays.npz holds other arrays than result.json says")
+            checks = [
+                Check(c["name"], _number(c["value"]), _number(c["bound"]), bool(c["ok"]))
+                for c in head["checks"]
+            ]
+            return Result(head["config"], table, arrays, checks, head["provenance"], folder)
+        except Exception as error:
+            # pandas, numpy and zipfile each have their own errors for a cut or foreign file.
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise BadArgument(f"the result in {folder} is damaged: {reason}; run it again") from error
+
+    def to_json(self) -> str:
+        """result.json: everything but the arrays' content; strict JSON, NaN is null."""
+        head = {
+            "format": FORMAT,
+            "config": self.config,
+            "checks": [vars(check) for check in self.checks],
+            "ok": self.ok,
+            "provenance": self.provenance,
+            "columns": {str(name): str(kind) for name, kind in self.table.dtypes.items()},
+            "rows": len(self.table),
+            "table": [dict(zip(self.table.columns, row, strict=True)) for row in _rows(self.table)],
+            "arrays": {
+                name: {"shape": list(value.shape), "dtype": str(value.dtype)}
+                for name, value in self.arrays.items()
+            },
+        }
+        return strict_json(head, indent=2)
+
+    def summary(self, rows: int = 24) -> str:
+        """The first ``rows`` rows of the table, the checks that do not hold, and the folder."""
+        lines = [self.table.head(rows).to_string(index=False, float_format=lambda v: f"{v:.4g}")]
+        if len(self.table) > rows:
+            lines.append(f"… {len(self.table) - rows} more rows in table.csv")
+        failed = [check for check in self.checks if not check.ok]
+        lines.append(f"checks: {len(self.checks) - len(failed)} of {len(self.checks)} hold")
+        lines += [f"  does not hold: {c.name} ({c.value:.4g}, bound {c.bound:.4g})" for c in failed]
+        if self.folder is not None:
+            lines.append(f"written: {self.folder}")
+        return "\n".join(lines)
+
+
+_NUMBERS = re.compile(r"bool|u?int\d+|float\d+")
+_TEXT = re.compile(r"object|str|string.*")
+
+
+def _typed(table: pd.DataFrame, columns: Mapping[str, str], rows: int) -> pd.DataFrame:
+    """``table``, read as text, with the column types that it was written with."""
+    if list(table.columns) != list(columns) or len(table) != rows:
+        raise ValueError("table.csv is not the table that result.json describes")
+    typed: dict[str, Any] = {}
+    for name, kind in columns.items():
+        text = table[name].tolist()
+        if kind == "bool":
+            typed[name] = np.array([{"True": True, "False": False}[cell] for cell in text], bool)
+        elif kind.startswith("float"):
+            typed[name] = np.array([float(cell) if cell else math.nan for cell in text], kind)
+        elif _NUMBERS.fullmatch(kind):
+            typed[name] = np.array([int(cell) for cell in text], kind)
+        else:
+            typed[name] = pd.Series(text, dtype=table[name].dtype)
+    return pd.DataFrame(typed, columns=list(columns))
+
+
+def _rows(table: pd.DataFrame) -> list[list[Any]]:
+    """The rows as Python values; a missing one is None."""
+    return [
+        [None if _missing(value) else value for value in row]
+        for row in table.itertuples(index=False, name=None)
+    ]
+
+
+def _missing(value: Any) -> bool:
+    return value is pd.NA or value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else float(value)
+
+
+def _slug(name: Any) -> str:
+    """``name`` as one part of a folder's name: the last part of a path, nothing unusual."""
+    last = Path(str(name)).name
+    return re.sub(r"[^\w.+-]+", "_", last)[:60] or "none"

@@ -1,0 +1,45 @@
+"""Random streams by name: the same purpose, seed and index give the same stream on every machine.
+
+A stream is named, never taken from the global seed, so that an added draw in one place changes no
+number in another, and so that prompts that measure a model cannot be those that trained it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import torch
+
+PROMPTS = ("train", "validation", "evaluate", "reference", "probe", "ablate")
+"""Purposes that draw prompts. Append only: the place in this tuple is part of the stream's seed."""
+
+_OWN_BITS = 28
+_OTHER_BITS = 31
+
+
+def number(purpose: str, seed: int, *index: int) -> int:
+    """A whole number in [0, 2**32) that depends on all the arguments and on nothing else.
+
+    torch's CPU generator reads only the lower 32 bits of its seed, too few for a hash alone to
+    rule out that two streams are one. So the range is divided first: each of ``PROMPTS`` has 2**28
+    numbers to itself, and any other purpose (``"noise"``, ``"corrupt"``, …) shares the upper half.
+    A stream of evaluation prompts can therefore never be a stream of training prompts, whatever
+    the seeds. Within one purpose two streams meet with probability 2**-28: two steps of a long
+    training may see the same batch, which does no harm.
+    """
+    named = json.dumps([purpose, int(seed), *(int(i) for i in index)])
+    digest = int.from_bytes(hashlib.blake2b(named.encode(), digest_size=8).digest(), "little")
+    if purpose in PROMPTS:
+        return (PROMPTS.index(purpose) << _OWN_BITS) | (digest % (1 << _OWN_BITS))
+    return (1 << _OTHER_BITS) | (digest % (1 << _OTHER_BITS))
+
+
+def generator(purpose: str, seed: int, *index: int) -> torch.Generator:
+    """A fresh CPU generator at the start of the stream that ``number`` names.
+
+    It is on the CPU for every device, so that a GPU run sees the same prompts; the normal numbers
+    drawn from it agree between machines to fp32 rounding (their logarithm and cosine may differ).
+    ``generator("train", seed, step)`` makes step ``step`` repeatable without replaying the others.
+    """
+    return torch.Generator().manual_seed(number(purpose, seed, *index))

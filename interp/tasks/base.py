@@ -1,0 +1,243 @@
+"""What a task is: prompts, the loss of each in-context example, and the truth behind them.
+
+Example k (k = 0 … n_pairs - 1) is the prediction of y_k by a model that has seen the k pairs
+before it and x_k. Every error in this project has the axes (batch, example k).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from hooks.errors import BadArgument
+
+Model = Callable[..., Any]
+"""``model(tokens) -> (batch, pos, d_out)``; may have ``step(token, state) -> (out, state)``."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Prompts, and what lies behind them.
+
+    tokens   what the model is called with
+    targets  what example k is compared with
+    read     positions of ``tokens`` at which predictions are read: one for each example, or only
+             the last example's where the query is a token of its own kind
+    kinds    for each position of ``tokens``, the index of its kind in ``task.kinds``
+    x, y     the pairs, each label with its input
+    truth    what the sampler drew and the model is not told; the first axis is the prompt
+    """
+
+    tokens: Float[Tensor, "batch pos d_token"]
+    targets: Float[Tensor, "batch n_pairs"]
+    read: Int[Tensor, " n_read"]
+    kinds: Int[Tensor, " pos"]
+    x: Float[Tensor, "batch n_pairs d"]
+    y: Float[Tensor, "batch n_pairs"]
+    truth: Mapping[str, Tensor]
+
+    def __len__(self) -> int:
+        """The number of prompts."""
+        return self.tokens.shape[0]
+
+    def take(self, prompts: slice | Tensor) -> Batch:
+        """The batch of only these prompts; ``prompts`` is a slice or a tensor of indices."""
+        return dataclasses.replace(
+            self,
+            tokens=self.tokens[prompts],
+            targets=self.targets[prompts],
+            x=self.x[prompts],
+            y=self.y[prompts],
+            truth={name: value[prompts] for name, value in self.truth.items()},
+        )
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch with every tensor on ``device``."""
+        return Batch(
+            tokens=self.tokens.to(device),
+            targets=self.targets.to(device),
+            read=self.read.to(device),
+            kinds=self.kinds.to(device),
+            x=self.x.to(device),
+            y=self.y.to(device),
+            truth={name: value.to(device) for name, value in self.truth.items()},
+        )
+
+
+@runtime_checkable
+class Task(Protocol):
+    """A family of prompts. ``tasks.build(task.name, **task.config)`` gives an equal task."""
+
+    @property
+    def name(self) -> str:
+        """The key in ``tasks.TASKS``."""
+        ...
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Every option with its value, defaults resolved; JSON keeps it."""
+        ...
+
+    @property
+    def d(self) -> int:
+        """Number of coordinates of one input x."""
+        ...
+
+    @property
+    def n_pairs(self) -> int:
+        """Number of (x, y) pairs of a prompt, the queried one included."""
+        ...
+
+    @property
+    def d_token(self) -> int:
+        """Width of one token, the model's ``d_in``."""
+        ...
+
+    @property
+    def d_out(self) -> int:
+        """Width of the model's output."""
+        ...
+
+    @property
+    def scale(self) -> float:
+        """E[y²], so that predicting zero has error 1 after division by it."""
+        ...
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The names of the kinds of token."""
+        ...
+
+    @property
+    def metric(self) -> str:
+        """What a figure writes on the axis of ``loss / scale``."""
+        ...
+
+    def sample(
+        self,
+        n: int,
+        generator: torch.Generator,
+        *,
+        d_active: int | None = None,
+        n_pairs: int | None = None,
+    ) -> Batch:
+        """``n`` fresh prompts. Coordinates from ``d_active`` on are zero in x; ``n_pairs`` pairs
+        instead of the task's own (a curriculum has fewer, a test of length more).
+        """
+        ...
+
+    def corrupt(self, batch: Batch, generator: torch.Generator) -> Batch:
+        """The same inputs and shapes with the task variable, hence the labels, drawn anew."""
+        ...
+
+    def predict(self, model: Model, batch: Batch) -> Float[Tensor, "batch n_pairs"]:
+        """The model's prediction of every example; no gradient is switched off here."""
+        ...
+
+    def training_loss(
+        self, model: Model, batch: Batch, generator: torch.Generator
+    ) -> Float[Tensor, "batch n_read"]:
+        """The errors that one training step averages, out of one forward of the model.
+
+        It is ``loss(predict(model, batch), batch)`` where one forward predicts every example. Where
+        the query is a token of its own kind a forward predicts one, and ``generator`` draws which.
+        """
+        ...
+
+    def loss(
+        self, prediction: Float[Tensor, "batch n_pairs"], batch: Batch
+    ) -> Float[Tensor, "batch n_pairs"]:
+        """The error of each example, not divided by ``scale``."""
+        ...
+
+    def variables(self, batch: Batch) -> dict[str, Tensor]:
+        """The truth that a probe may look for; the first axis is the prompt."""
+        ...
+
+    def baselines(self, batch: Batch) -> dict[str, Float[Tensor, "batch n_pairs"]]:
+        """The errors of the estimators that a model is compared with, with the axes of ``loss``."""
+        ...
+
+
+def outputs(
+    model: Model, tokens: Float[Tensor, "batch pos d_token"], d_out: int
+) -> Float[Tensor, "batch pos d_out"]:
+    """``model(tokens)``, once it is sure that the model fits the task.
+
+    Raises ``BadArgument`` if ``model.cfg.d_in`` is not the width of a token (torch would only say
+    that two matrices do not match), or if the output is not (batch, pos, d_out): indexing and
+    broadcasting would carry on with another shape and give a number.
+    """
+    _check_width(model, tokens.shape[-1])
+    out = model(tokens)
+    wanted = (*tokens.shape[:2], d_out)
+    if not isinstance(out, Tensor) or tuple(out.shape) != wanted:
+        found = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+        raise BadArgument(
+            f"the model gave {found} for tokens {tuple(tokens.shape)}; the task needs {wanted} "
+            f"(batch, pos, d_out): build the model with a regression head of d_out={d_out}"
+        )
+    return out
+
+
+def at_each_query(
+    model: Model,
+    context: Float[Tensor, "batch n_context d_token"],
+    queries: Float[Tensor, "batch n_pairs d_token"],
+    d_out: int,
+) -> Float[Tensor, "batch n_pairs d_out"]:
+    """The output at query k after the first k context tokens, for every k = 0 … n_pairs - 1.
+
+    A model with ``step`` walks through the context once; at each k its state is copied and the copy
+    reads the query, so that no query is ever part of a later query's past. The copy matters even
+    though ``step`` returns a new state: recurrent caches are often updated in place.
+    A model without ``step`` (a transformer, a plain function) is called on each of the n_pairs
+    prefixes instead, which is the definition, and costs O(n_pairs²) tokens.
+    """
+    _check_width(model, queries.shape[-1])
+    n_pairs = queries.shape[1]
+    if context.shape[1] < n_pairs - 1:
+        raise BadArgument(
+            f"{n_pairs} queries need {n_pairs - 1} context tokens; there are {context.shape[1]}"
+        )
+    out: list[Tensor] = []
+    if hasattr(model, "step"):
+        state: Any = None
+        for k in range(n_pairs):
+            out.append(model.step(queries[:, k], _copy(state))[0])
+            if k + 1 < n_pairs:
+                _, state = model.step(context[:, k], state)
+    else:
+        for k in range(n_pairs):
+            prompt = torch.cat([context[:, :k], queries[:, k : k + 1]], dim=1)
+            out.append(outputs(model, prompt, d_out)[:, -1])
+    return torch.stack(out, dim=1)
+
+
+def _check_width(model: Model, d_token: int) -> None:
+    """Nothing, unless the model says which width it reads and that is another."""
+    d_in = getattr(getattr(model, "cfg", None), "d_in", None)
+    if d_in is not None and d_in != d_token:
+        raise BadArgument(
+            f"the model reads tokens of width {d_in} and the task makes them {d_token} wide; build "
+            f"the task with the config in model.card, or the model with d_in={d_token}"
+        )
+
+
+def _copy(state: Any) -> Any:
+    """The same nest of lists, tuples and dicts with every tensor cloned; gradients flow through."""
+    if isinstance(state, Tensor):
+        return state.clone()
+    if isinstance(state, tuple) and hasattr(state, "_fields"):
+        return type(state)(*(_copy(part) for part in state))
+    if isinstance(state, (list, tuple)):
+        return type(state)(_copy(part) for part in state)
+    if isinstance(state, dict):
+        return {key: _copy(part) for key, part in state.items()}
+    return state

@@ -1,0 +1,156 @@
+"""The recurrence by definition: a plain torch loop, for any dtype and device, differentiable twice.
+
+    h_t = decay_t ⊙ h_{t−1} + write_t,     y_t[d] = Σ_n C_t[n] h_t[d, n]
+
+It is what the compiled paths are tested against, what they differentiate when second derivatives are asked
+for, and what runs wherever no faster path exists. It builds the 4-D tensors; the compiled paths do not.
+
+**A zero wins.** Where a decay is exactly 0 the past is cut: nothing of it arrives and no gradient returns to it,
+not even the NaN that IEEE arithmetic makes of 0 · inf. By the same rule an overflowed decay leaves an empty past
+empty, so that ``h0=None`` and a zero ``h0`` are one thing, and what has gradient 0 passes 0 on whatever it is
+multiplied with. A NaN decay is not hidden by an empty past, and no rule but IEEE's touches a forward product
+other than decay ⊙ past.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Inexact
+from torch import Tensor
+
+
+def selective_scan(
+    x: Float[Tensor, "batch pos d_inner"],
+    delta_decay: Float[Tensor, "batch pos d_inner"],
+    delta_write: Float[Tensor, "batch pos d_inner"],
+    A: Float[Tensor, "d_inner d_state"],
+    B: Float[Tensor, "batch pos d_state"],
+    C: Float[Tensor, "batch pos d_state"],
+    h0: Float[Tensor, "batch d_inner d_state"] | None = None,
+) -> tuple[Float[Tensor, "batch pos d_inner"], Float[Tensor, "batch d_inner d_state"]]:
+    """Read-out y_t = Σ_n C_t[n] h_t[:, n] (without the skip D x) and the last state; see ``selective_states``."""
+    states = selective_states(x, delta_decay, delta_write, A, B, h0)
+    y = _Product.apply(states, C[:, :, None, :]).sum(-1)
+    return y, states[:, -1]
+
+
+def selective_states(
+    x: Float[Tensor, "batch pos d_inner"],
+    delta_decay: Float[Tensor, "batch pos d_inner"],
+    delta_write: Float[Tensor, "batch pos d_inner"],
+    A: Float[Tensor, "d_inner d_state"],
+    B: Float[Tensor, "batch pos d_state"],
+    h0: Float[Tensor, "batch d_inner d_state"] | None = None,
+) -> Float[Tensor, "batch pos d_inner d_state"]:
+    """All states of the selective recurrence: decay = exp(Δ_decay A), write = Δ_write B x (Euler)."""
+    decay = _Exp.apply(delta_decay[..., None] * A)
+    write = _Product.apply(_Product.apply(delta_write, x)[..., None], B[:, :, None, :])
+    return scan(decay, write, h0)
+
+
+def scan(
+    decay: Inexact[Tensor, "batch pos *rest"],
+    write: Inexact[Tensor, "batch pos *rest"],
+    h0: Inexact[Tensor, "batch *rest"] | None = None,
+) -> Inexact[Tensor, "batch pos *rest"]:
+    """All states h_t = decay_t ⊙ h_{t−1} + write_t from ``h0`` (zero unless given); real or complex."""
+    past = torch.zeros_like(write[:, 0]) if h0 is None else h0
+    states = []
+    for t in range(write.shape[1]):
+        past = _Carry.apply(decay[:, t], past) + write[:, t]
+        states.append(past)
+    return torch.stack(states, dim=1)
+
+
+def backward(
+    function: Callable[..., Any],
+    operands: Sequence[Tensor | None],
+    needed: Sequence[bool],
+    grads: Sequence[Tensor | None],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of the operands of a function of this file, given those of its outputs; recorded if grad is enabled.
+
+    Each operand is viewed first, so that one tensor in two places (delta_decay is delta_write) counts once in each.
+    """
+    record = torch.is_grad_enabled()
+    wanted = [k for k in range(len(operands)) if needed[k]]
+    with torch.enable_grad():
+        views = [None if tensor is None else tensor.view_as(tensor) for tensor in operands]
+        outputs = function(*views)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        given = [(out, grad) for out, grad in zip(outputs, grads, strict=True) if grad is not None]
+        found = torch.autograd.grad(
+            [out for out, _ in given],
+            [views[k] for k in wanted],
+            [grad for _, grad in given],
+            create_graph=record,
+            allow_unused=True,
+        )
+    place = dict(zip(wanted, found, strict=True))
+    return tuple(place.get(k) for k in range(len(operands)))
+
+
+class _Product(torch.autograd.Function):
+    """a · b (broadcast) that returns gradient 0 to a factor wherever nothing downstream depends on it.
+
+    torch's own product returns 0 · inf = NaN there once the other factor has overflowed. The backward consists
+    of ordinary torch operations, so it can be differentiated again.
+    """
+
+    @staticmethod
+    def forward(a: Tensor, b: Tensor) -> Tensor:
+        return a * b
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        a, b = ctx.saved_tensors
+        return (
+            _zero_wins(grad, b.conj()).sum_to_size(a.shape),
+            _zero_wins(grad, a.conj()).sum_to_size(b.shape),
+        )
+
+
+class _Carry(_Product):
+    """decay ⊙ past where a zero wins: what of the past arrives at this position."""
+
+    @staticmethod
+    def forward(a: Tensor, b: Tensor) -> Tensor:
+        empty = (a == 0) | ((b == 0) & ~torch.isnan(a))
+        return torch.where(empty, 0, a * b)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        a, b = ctx.saved_tensors
+        # grad · inf at a cut would come back as NaN from whatever multiplied by 0 to make the cut
+        past = torch.where((a == 0) & ~torch.isfinite(b), 0, b)
+        return _zero_wins(grad, past.conj()), _zero_wins(grad, a.conj())
+
+
+class _Exp(torch.autograd.Function):
+    """exp, whose gradient is 0 where nothing depends on it, also after an overflow."""
+
+    @staticmethod
+    def forward(exponent: Tensor) -> Tensor:
+        return torch.exp(exponent)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (value,) = ctx.saved_tensors
+        return _zero_wins(grad, value.conj())
+
+
+def _zero_wins(grad: Tensor, factor: Tensor) -> Tensor:
+    """grad · factor, and 0 where a zero met inf or NaN; elsewhere an ordinary, differentiable product."""
+    met = ((grad == 0) & ~torch.isfinite(factor)) | ((factor == 0) & ~torch.isfinite(grad))
+    return torch.where(met, 0, grad) * torch.where(met, 0, factor)

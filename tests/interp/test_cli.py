@@ -1,0 +1,284 @@
+"""The command contract: exit codes, one line per error, what goes to stdout and what to stderr."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any, Literal
+
+import pandas as pd
+import pytest
+
+from analyses import __main__ as listing
+from hooks.errors import BadArgument, RunFailed
+from interp import cli
+from interp.result import Result
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.contract
+
+
+@dataclass(frozen=True)
+class Config:
+    task: str = "linreg"
+    "What was learned."
+    mode: Literal["mean", "zero"] = "mean"
+    "How to replace it."
+    seed: int = 0
+    "Chooses the prompts."
+    scales: tuple[float, ...] = ()
+    "Factors."
+    out: Path = Path("out")
+    "Where the folder goes."
+    quick: bool = False
+    "Fewer prompts."
+    json: bool = False
+    "Print result.json."
+
+
+def result(config: Config) -> Result:
+    table = pd.DataFrame({"k": [5, 10], "error": [0.25, float("nan")]})
+    return Result({"task": config.task, "model": "m", "seed": config.seed}, table)
+
+
+def command(run: Callable[[Any], Any], plot: Callable[[Any], Any] | None = None) -> ModuleType:
+    module = ModuleType("analyses.example")
+    module.__doc__ = "What an example shows."
+    module.Config, module.run = Config, run  # type: ignore[attr-defined]
+    if plot is not None:
+        module.plot = plot  # type: ignore[attr-defined]
+    return module
+
+
+def drawn(result: Result) -> Any:
+    return SimpleNamespace(savefig=lambda path, **options: Path(path).write_bytes(b"figure"))
+
+
+def raising(error: BaseException) -> ModuleType:
+    def run(config: Config) -> Any:
+        raise error
+
+    return command(run)
+
+
+def test_a_run_prints_its_table_and_folder_and_saves_everything(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = cli.main(command(result, drawn), ["--out", str(tmp_path), "--seed", "3"])
+    said = capsys.readouterr()
+    assert (code, said.err) == (0, "")
+    (folder,) = (tmp_path / "example").iterdir()
+    assert said.out.splitlines()[0].split() == ["k", "error"]
+    assert said.out.splitlines()[-1] == f"written: {folder}"
+    names = ["arrays.npz", "figure.png", "figure.svg", "result.json", "table.csv"]
+    assert sorted(os.listdir(folder)) == names
+    assert Result.load(folder).config["seed"] == 3
+
+
+def test_json_prints_result_json_and_nothing_else(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = cli.main(command(result, drawn), ["--out", str(tmp_path), "--json"])
+    said = capsys.readouterr()
+    (folder,) = (tmp_path / "example").iterdir()
+    assert (code, said.err) == (0, "")
+    assert json.loads(said.out) == json.loads((folder / "result.json").read_text())
+    assert json.loads(said.out)["table"][1]["error"] is None
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--sed", "3"], r"--sed.*did you mean --seed\?"),
+        (["--seed", "x"], "--seed.*'x'"),
+        (["--seed"], "--seed"),
+        (["--mode", "men"], "men.*mean.*zero"),
+        (["--scales", "1", "x"], "--scales"),
+        (["linreg"], "linreg"),
+    ],
+)
+def test_a_mistyped_command_line_is_one_line_and_exit_2(
+    argv: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(raising(AssertionError("ran")), argv) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert re.search(said, err), err
+    assert "--help" in err
+
+
+def test_help_shows_every_field_and_exits_0(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(raising(AssertionError("ran")), ["--help"]) == 0
+    text = capsys.readouterr().out
+    assert "What an example shows." in text
+    assert "How to replace it." in text
+    assert "python -m analyses.example" in text
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (BadArgument("no task is called\n  x"), 2, "no task is called x"),
+        (RunFailed("the disk is full"), 1, "the disk is full"),
+        (KeyboardInterrupt(), 1, "same command"),
+        (OSError(28, "No space left on device"), 1, "No space left on device"),
+        (MemoryError(), 1, "out of memory"),
+        (ZeroDivisionError("by zero"), 1, "ZeroDivisionError: by zero"),
+    ],
+)
+def test_every_error_is_one_line_with_its_exit_code(
+    error: BaseException, code: int, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(raising(error), []) == code
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert said in err
+
+
+def test_the_traceback_is_there_when_asked_for(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MAMBASCOPE_TRACEBACK", "1")
+    assert cli.main(raising(BadArgument("wrong")), []) == 2
+    err = capsys.readouterr().err
+    assert "Traceback (most recent call last)" in err
+    assert err.endswith("error: wrong\n")
+
+
+def test_a_figure_that_fails_leaves_no_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def no_figure(found: Result) -> Any:
+        def savefig(path: Path, **options: Any) -> None:
+            Path(path).write_bytes(b"half")
+            raise KeyboardInterrupt
+
+        return SimpleNamespace(savefig=savefig)
+
+    assert cli.main(command(result, no_figure), ["--out", str(tmp_path)]) == 1
+    assert os.listdir(tmp_path / "example") == []
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_an_unwritable_out_exits_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    assert cli.main(command(result, drawn), ["--out", str(tmp_path / "file")]) == 2
+    assert "--out" in capsys.readouterr().err
+
+
+# --- as processes -----------------------------------------------------------------------------
+
+
+def started(*arguments: str, **options: Any) -> subprocess.Popen[str]:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(
+        [sys.executable, *arguments], cwd=ROOT, text=True, **{**pipes, **options}
+    )
+
+
+WITHOUT = """
+import runpy, sys
+sys.argv = ["-m", "--help"]
+try:
+    runpy.run_module({module!r}, run_name="__main__", alter_sys=True)
+except SystemExit as done:
+    assert not done.code, done.code
+heavy = {{"torch", "transformer_lens", "sklearn", "pandas", "matplotlib"}} & set(sys.modules)
+assert not heavy, f"loaded to print help: {{heavy}}"
+"""
+
+
+@pytest.mark.parametrize(
+    "module", ["analyses", *(f"analyses.{name}" for name in listing.questions())]
+)
+def test_help_loads_nothing_heavy(module: str) -> None:
+    process = started("-c", WITHOUT.format(module=module))
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert "--help" in out
+
+
+def test_a_reader_that_has_gone_is_no_error() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    process = started("-m", "analyses", stdout=write)
+    os.close(write)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (0, "")
+
+
+INTERRUPTED = """
+import sys, time, types
+from dataclasses import dataclass
+from interp import cli
+
+@dataclass(frozen=True)
+class Config:
+    seed: int = 0
+
+def run(config):
+    print("running", flush=True)
+    time.sleep(60)
+
+module = types.ModuleType("analyses.example")
+module.Config, module.run = Config, run
+raise SystemExit(cli.main(module, []))
+"""
+
+
+def test_ctrl_c_is_one_line_and_exit_1() -> None:
+    process = started("-c", INTERRUPTED)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "running\n"
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (1, "")
+    assert err.count("\n") == 1
+    assert "Ctrl-C" in err
+
+
+# --- the list of questions --------------------------------------------------------------------
+
+
+def test_the_list_reads_docstrings_without_importing(tmp_path: Path) -> None:
+    (tmp_path / "_private.py").write_text('"""Not a question."""')
+    (tmp_path / "broken.py").write_text('"""Is it listed?\n\nCost       1 s\n"""\nimport nothing_\n')
+    (tmp_path / "long.py").write_text(
+        '"""What is long?\n\nNot shown  much\nCost       a minute on 2 cores;\n'
+        '           --quick less\n\nAnd more.\n"""\n'
+    )
+    assert listing.questions(tmp_path) == {
+        "broken": ("Is it listed?", "1 s"),
+        "long": ("What is long?", "a minute on 2 cores; --quick less"),
+    }
+
+
+def test_every_command_has_a_question_and_a_cost() -> None:
+    found = listing.questions()
+    assert "train" in found
+    for name, (question, cost) in found.items():
+        assert question, name
+        assert cost, name
+
+
+def test_the_list_is_printed_and_anything_else_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert listing.main([]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in listing.questions())
+    assert listing.main(["--help"]) == 0
+    capsys.readouterr()
+    assert listing.main(["trian"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert '"trian"' in err

@@ -1,0 +1,256 @@
+"""Results: what is saved comes back, whole or not at all, in JSON that every parser reads."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from hooks.errors import BadArgument, RunFailed
+from interp import files
+from interp.files import strict_json, whole_folder, write_whole
+from interp.provenance import commit, provenance, versions
+from interp.result import Check, Result
+
+
+def make(seed: int = 0, **config: Any) -> Result:
+    table = pd.DataFrame(
+        {
+            "mode": ["mean", "None", "NA", "a, \"b\"\n"],
+            "k": [0, 5, 10, 20],
+            "error": [0.1, float("nan"), float("inf"), 1e-300],
+            "single": np.array([0.1, 1 / 3, -0.0, 2.5], dtype=np.float32),
+            "ok": [True, False, True, True],
+        }
+    )
+    arrays = {"curve": np.linspace(0, 1, 7), "names": np.array(["a", "bb"]), "n": np.array(3)}
+    return Result(
+        config={"task": "linreg", "model": "out/runs/mamba linreg", "modes": ("a", "b"), **config},
+        table=table,
+        arrays=arrays,
+        checks=[Check.at_most("identity", 0.0, 1e-6), Check.at_least("share", float("nan"), 0.5)],
+        provenance={"seed": seed, "weights": "abc", "commit": "unknown", "dirty": None},
+    )
+
+
+def strict(text: str) -> Any:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+@pytest.mark.contract
+def test_a_saved_result_comes_back_to_the_last_bit(tmp_path: Path) -> None:
+    result = make()
+    saved = result.save(tmp_path, analysis="ablate_delta", figures={"figure.png": b"picture"})
+    assert saved.folder is not None
+    assert saved.folder.parent == tmp_path / "ablate_delta"
+    assert saved.folder.name == f"linreg-mamba_linreg-{result.digest}"
+    assert (saved.folder / "figure.png").read_bytes() == b"picture"
+    loaded = Result.load(saved.folder)
+    pd.testing.assert_frame_equal(loaded.table, result.table, check_exact=True)
+    assert loaded.config == result.config
+    assert loaded.provenance == result.provenance
+    assert repr(loaded.checks) == repr(result.checks)  # repr: NaN differs from itself
+    assert set(loaded.arrays) == set(result.arrays)
+    for name, value in result.arrays.items():
+        np.testing.assert_array_equal(loaded.arrays[name], value, strict=True)
+    assert loaded.digest == result.digest
+    assert not loaded.ok
+
+
+@pytest.mark.contract
+def test_json_is_strict_and_says_null_for_nan(tmp_path: Path) -> None:
+    head = strict(make().to_json())
+    assert head["table"][1]["error"] is None
+    assert head["table"][2]["error"] is None
+    assert head["table"][0] == {
+        "mode": "mean", "k": 0, "error": 0.1, "single": pytest.approx(0.1), "ok": True
+    }  # fmt: skip
+    assert head["checks"][1]["value"] is None
+    assert strict(strict_json({"x": np.float32("nan"), "y": np.arange(2), "z": Path("a/b")})) == {
+        "x": None, "y": [0, 1], "z": "a/b"
+    }  # fmt: skip
+    with pytest.raises(BadArgument, match="set has no place in JSON"):
+        strict_json({"x": {1, 2}})
+
+
+@pytest.mark.contract
+def test_nan_fails_a_check() -> None:
+    assert Check.at_most("a", 1.0, 1.0).ok
+    assert not Check.at_most("a", 1.1, 1.0).ok
+    assert not Check.at_most("a", float("nan"), 1.0).ok
+    assert not Check.at_least("a", float("nan"), 1.0).ok
+    assert Result({}, pd.DataFrame(), checks=[Check.at_most("a", 0.0, 1.0)]).ok
+
+
+@pytest.mark.contract
+def test_the_name_depends_on_config_seed_weights_and_commit() -> None:
+    base = make().digest
+    assert make().digest == base
+    assert make(seed=1).digest != base
+    assert make(n=3).digest != base
+    for key, value in (("weights", "other"), ("commit", "1234"), ("dirty", True)):
+        other = make()
+        other.provenance[key] = value
+        assert other.digest != base, key
+    unrelated = make()
+    unrelated.provenance["seconds"] = 12.5
+    assert unrelated.digest == base
+
+
+@pytest.mark.contract
+def test_an_identical_run_replaces_the_folder_whole(tmp_path: Path) -> None:
+    first = make().save(tmp_path, analysis="a", figures={"old.svg": b"old"}).folder
+    second = make().save(tmp_path, analysis="a", figures={"new.svg": b"new"}).folder
+    assert first == second
+    assert second is not None
+    assert sorted(os.listdir(second)) == ["arrays.npz", "new.svg", "result.json", "table.csv"]
+    assert os.listdir(tmp_path / "a") == [second.name]
+
+
+@pytest.mark.contract
+@pytest.mark.parametrize("error", [RuntimeError("figure"), KeyboardInterrupt()])
+def test_a_failing_figure_leaves_what_was_there(tmp_path: Path, error: BaseException) -> None:
+    before = make().save(tmp_path, analysis="a", figures={"figure.png": b"before"}).folder
+    assert before is not None
+
+    def fail(path: Path) -> None:
+        path.write_bytes(b"half")
+        raise error
+
+    with pytest.raises(type(error)):
+        make().save(tmp_path, analysis="a", figures={"figure.png": fail})
+    assert (before / "figure.png").read_bytes() == b"before"
+    assert os.listdir(tmp_path / "a") == [before.name]
+
+
+@pytest.mark.contract
+def test_a_swap_that_fails_half_way_puts_the_old_folder_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    final = tmp_path / "run"
+    final.mkdir()
+    (final / "number").write_text("old")
+    rename = os.rename
+
+    def second_fails(source: Path, target: Path) -> None:
+        if str(source).endswith(".new"):
+            raise OSError(28, "No space left on device")
+        rename(source, target)
+
+    monkeypatch.setattr(files.os, "rename", second_fails)
+    with pytest.raises(RunFailed, match="No space left"), whole_folder(final) as folder:
+        (folder / "number").write_text("new")
+    assert (final / "number").read_text() == "old"
+    assert os.listdir(tmp_path) == ["run"]
+    monkeypatch.undo()
+    with whole_folder(final) as folder:
+        (folder / "number").write_text("new")
+    assert (final / "number").read_text() == "new"
+
+
+@pytest.mark.contract
+def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    write_whole(path, "old")
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(RunFailed, match="No space left on device"):
+        write_whole(path, "new")
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def _cut(folder: Path) -> None:
+    data = (folder / "arrays.npz").read_bytes()
+    (folder / "arrays.npz").write_bytes(data[: len(data) // 2])
+
+
+def _foreign(folder: Path) -> None:
+    (folder / "result.json").write_text('{"format": "somebody-else"}')
+
+
+def _shorter(folder: Path) -> None:
+    lines = (folder / "table.csv").read_text().splitlines(keepends=True)
+    (folder / "table.csv").write_text("".join(lines[:2]))
+
+
+def _pickled(folder: Path) -> None:
+    np.savez(folder / "arrays.npz", curve=np.array([{"a": 1}], dtype=object), names=1, n=1)
+
+
+def _no_json(folder: Path) -> None:
+    (folder / "result.json").write_text("[1, 2")
+
+
+def _gone(folder: Path) -> None:
+    (folder / "table.csv").unlink()
+
+
+@pytest.mark.contract
+@pytest.mark.parametrize("harm", [_cut, _foreign, _shorter, _pickled, _no_json, _gone])
+def test_damaged_and_foreign_folders_are_refused_in_one_line(tmp_path: Path, harm: Any) -> None:
+    folder = make().save(tmp_path, analysis="a").folder
+    assert folder is not None
+    Result.load(folder)
+    harm(folder)
+    with pytest.raises(BadArgument) as refused:
+        Result.load(folder)
+    assert "\n" not in str(refused.value)
+    assert folder.name in str(refused.value)
+
+
+@pytest.mark.contract
+def test_what_cannot_be_kept_is_refused_at_once() -> None:
+    with pytest.raises(BadArgument, match="Python objects"):
+        Result({}, pd.DataFrame(), arrays={"a": np.array([{}], dtype=object)})
+    with pytest.raises(BadArgument, match='column "when"'):
+        Result({}, pd.DataFrame({"when": pd.to_datetime(["2020-01-01"])}))
+
+
+@pytest.mark.contract
+def test_an_unwritable_out_is_a_wrong_argument(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(BadArgument, match="another folder with --out"):
+        make().save(file, analysis="a")
+
+
+@pytest.mark.contract
+def test_summary_names_the_failed_check_and_the_folder(tmp_path: Path) -> None:
+    saved = make().save(tmp_path, analysis="a")
+    text = saved.summary(rows=2)
+    assert "2 more rows" in text
+    assert "does not hold: share" in text
+    assert str(saved.folder) in text
+
+
+@pytest.mark.contract
+def test_provenance_says_where_a_number_came_from() -> None:
+    found = provenance(seed=3, device="cpu", seconds=1.23456)
+    assert found["seed"] == 3
+    assert found["threads"] == 1
+    assert found["seconds"] == 1.235
+    assert set(versions()) == {"python", "torch", "numpy", "mambascope"}
+    assert versions(("no-such-package",))["no-such-package"] == "not installed"
+    assert set(commit()) == {"commit", "dirty"}
+    assert "/" not in json.dumps(found)
+
+
+@pytest.mark.contract
+def test_a_copied_folder_still_loads(tmp_path: Path) -> None:
+    folder = make().save(tmp_path, analysis="a").folder
+    assert folder is not None
+    shutil.copytree(folder, tmp_path / "elsewhere")
+    assert Result.load(tmp_path / "elsewhere").digest == make().digest

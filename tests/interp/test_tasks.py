@@ -1,0 +1,231 @@
+"""The contract of a task, over every task there is: a new line in ``TASKS`` has its tests here."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hooks.errors import BadArgument
+from interp import seeds, tasks
+from interp.tasks import Batch, Task
+
+pytestmark = pytest.mark.contract
+
+# Configurations beside the default in which a task is worth testing.
+VARIANTS: dict[str, list[dict[str, Any]]] = {
+    "linreg": [
+        {"tokens": "joint"},
+        {"covariance": "skewed", "d": 3},
+        {"tokens": "joint", "covariance": "skewed", "d": 1, "n_pairs": 1},
+        {"d": 1, "n_pairs": 1},
+    ],
+}
+# Values that a task must refuse, with what the refusal has to say.
+WRONG: dict[str, list[tuple[dict[str, Any], str]]] = {
+    "linreg": [
+        ({"d": 0}, "at least 1"),
+        ({"d": True}, "d=True"),
+        ({"n_pairs": 0}, "n_pairs=0"),
+        ({"tokens": "interleave"}, '"interleaved"'),
+        ({"covariance": "diagonal"}, "isotropic, skewed"),
+    ],
+}
+CASES = [
+    pytest.param((name, config), id=f"{name}-{'-'.join(map(str, config.values())) or 'default'}")
+    for name in tasks.names()
+    for config in [{}, *VARIANTS.get(name, [])]
+]
+
+
+@pytest.fixture(params=CASES)
+def task(request: pytest.FixtureRequest) -> Task:
+    name, config = request.param
+    return tasks.build(name, **config)
+
+
+def prompts(task: Task, n: int = 6, seed: int = 0, **shape: int) -> Batch:
+    return task.sample(n, seeds.generator("evaluate", seed), **shape)
+
+
+def fields(batch: Batch) -> dict[str, Tensor]:
+    """Every tensor of a batch by name."""
+    named = {name: value for name, value in vars(batch).items() if isinstance(value, Tensor)}
+    return named | {f"truth.{name}": value for name, value in batch.truth.items()}
+
+
+def assert_equal(one: Batch, other: Batch) -> None:
+    torch.testing.assert_close(fields(one), fields(other), rtol=0, atol=0)
+
+
+class RunningMean(nn.Module):
+    """A causal model of the task's shape: a linear map of the mean of the tokens so far."""
+
+    def __init__(self, task: Task) -> None:
+        super().__init__()
+        self.head = nn.Linear(task.d_token, task.d_out)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        count = torch.arange(1, tokens.shape[1] + 1)
+        return self.head(tokens.cumsum(dim=1) / count[:, None])
+
+
+def test_it_is_a_task_with_all_its_fields(task: Task) -> None:
+    assert isinstance(task, Task)
+    assert task.name in tasks.names()
+    assert all(isinstance(n, int) and n >= 1 for n in (task.d, task.n_pairs, task.d_token))
+    assert task.d_out >= 1
+    assert task.scale > 0
+    assert task.kinds and all(isinstance(kind, str) for kind in task.kinds)
+    assert task.metric
+
+
+def test_its_config_goes_through_json_and_builds_it_again(task: Task) -> None:
+    kept = json.loads(json.dumps(task.config))
+    again = tasks.build(task.name, **kept)
+    assert again.config == task.config == kept
+    assert (again.d, again.n_pairs, again.kinds) == (task.d, task.n_pairs, task.kinds)
+    assert_equal(prompts(again), prompts(task))
+
+
+@pytest.mark.parametrize("shape", [{}, {"d_active": 1}, {"n_pairs": 2}, {"n_pairs": 40}])
+def test_shapes(task: Task, shape: dict[str, int]) -> None:
+    batch = prompts(task, **shape)
+    n_pairs = shape.get("n_pairs", task.n_pairs)
+    assert len(batch) == 6
+    assert batch.tokens.shape[0] == 6 and batch.tokens.shape[2] == task.d_token
+    assert batch.targets.shape == batch.y.shape == (6, n_pairs)
+    assert batch.x.shape == (6, n_pairs, task.d)
+    assert batch.kinds.shape == (batch.tokens.shape[1],)
+    assert set(batch.kinds.tolist()) <= set(range(len(task.kinds)))
+    assert len(batch.read) in (1, n_pairs)
+    assert int(batch.read.min()) >= 0 and int(batch.read.max()) == batch.tokens.shape[1] - 1
+    assert all(len(value) == 6 for value in batch.truth.values())
+
+
+def test_inactive_coordinates_are_zero_and_active_ones_are_not(task: Task) -> None:
+    x = prompts(task, d_active=1).x
+    assert not x[..., 1:].any()
+    assert x[..., 0].all()
+    assert prompts(task).x.all()
+
+
+def test_a_sample_is_its_generators_and_nothing_elses(task: Task) -> None:
+    before = torch.random.get_rng_state()
+    first = prompts(task)
+    torch.testing.assert_close(torch.random.get_rng_state(), before)
+    assert_equal(first, prompts(task))
+    other = prompts(task, seed=1)
+    assert not torch.equal(first.x, other.x) and not torch.equal(first.y, other.y)
+
+
+def test_prompts_of_a_batch_differ(task: Task) -> None:
+    batch = prompts(task)
+    for value in (batch.x, *batch.truth.values()):
+        assert len(torch.unique(value.reshape(6, -1), dim=0)) == 6
+
+
+def test_corrupt_keeps_the_inputs_and_draws_the_rest_anew(task: Task) -> None:
+    batch = prompts(task)
+    kept = {name: value.clone() for name, value in fields(batch).items()}
+    corrupted = task.corrupt(batch, seeds.generator("corrupt", 0))
+    torch.testing.assert_close(fields(batch), kept, rtol=0, atol=0)
+    for name in ("x", "read", "kinds"):
+        assert torch.equal(getattr(corrupted, name), getattr(batch, name))
+    for name, value in fields(corrupted).items():
+        assert value.shape == kept[name].shape and value.dtype == kept[name].dtype
+    assert not torch.isclose(corrupted.y, batch.y).any()
+    assert all(not torch.equal(corrupted.truth[name], batch.truth[name]) for name in batch.truth)
+    assert task.n_pairs == 1 or not torch.equal(corrupted.tokens, batch.tokens)
+    assert_equal(corrupted, task.corrupt(batch, seeds.generator("corrupt", 0)))
+
+
+def test_loss_is_of_each_prompt_and_example(task: Task) -> None:
+    batch = prompts(task)
+    loss = task.loss(batch.targets, batch)
+    assert loss.shape == (6, task.n_pairs)
+    torch.testing.assert_close(loss, torch.zeros_like(loss))
+    wrong = batch.targets.clone()
+    wrong[2, -1] += 1
+    changed = task.loss(wrong, batch) != loss
+    assert changed[2, -1] and int(changed.sum()) == 1
+
+
+def test_loss_refuses_another_shape(task: Task) -> None:
+    batch = prompts(task, n_pairs=3)
+    with pytest.raises(BadArgument, match="one prediction for each example"):
+        task.loss(batch.targets[:, :1], batch)
+
+
+def test_a_plain_function_is_a_model(task: Task) -> None:
+    batch = prompts(task)
+    prediction = task.predict(RunningMean(task), batch)
+    assert prediction.shape == batch.targets.shape
+    assert prediction.requires_grad
+    again = task.predict(lambda tokens: tokens.new_full((*tokens.shape[:2], task.d_out), 3), batch)
+    torch.testing.assert_close(again, torch.full_like(batch.targets, 3))
+
+
+def test_training_loss_is_some_of_the_loss_and_trains(task: Task) -> None:
+    batch, model = prompts(task), RunningMean(task)
+    every = task.loss(task.predict(model, batch), batch)
+    some = task.training_loss(model, batch, seeds.generator("train", 0))
+    assert some.shape == (6, len(batch.read))
+    columns = torch.isclose(every[:, :, None], some[:, None, :]).all(dim=0).any(dim=0)
+    assert columns.all()
+    some.mean().backward()
+    assert model.head.weight.grad is not None and model.head.weight.grad.any()
+
+
+def test_variables_and_baselines_have_the_axes_that_they_promise(task: Task) -> None:
+    batch = prompts(task)
+    for name, value in task.variables(batch).items():
+        assert len(value) == 6 and value.isfinite().all(), name
+    for name, value in task.baselines(batch).items():
+        assert value.shape == batch.targets.shape and value.isfinite().all(), name
+
+
+def test_scale_is_the_error_of_predicting_zero(task: Task) -> None:
+    batch = prompts(task, n=4000)
+    zero = task.loss(torch.zeros_like(batch.targets), batch)[:, 0] / task.scale
+    assert abs(float(zero.mean()) - 1) < 4 * float(zero.std()) / 4000**0.5
+
+
+def test_take_and_to_keep_prompts_whole(task: Task) -> None:
+    batch = prompts(task)
+    part = batch.take(torch.tensor([4, 1]))
+    for name, value in fields(part).items():
+        whole = fields(batch)[name]
+        torch.testing.assert_close(value, whole if name in ("read", "kinds") else whole[[4, 1]])
+    assert len(batch.take(slice(1, 4))) == 3
+    assert {value.device.type for value in fields(batch.to("meta")).values()} == {"meta"}
+
+
+def test_an_unknown_option_is_refused_with_the_options(task: Task) -> None:
+    with pytest.raises(BadArgument, match=r'"n_pars"; did you mean "n_pairs"\?.*there is: '):
+        tasks.build(task.name, n_pars=3)
+
+
+def test_an_unknown_task_is_refused_with_the_names() -> None:
+    with pytest.raises(BadArgument, match='no task is called "lingre"; did you mean "linreg"'):
+        tasks.build("lingre")
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "says"),
+    [(name, config, says) for name, cases in WRONG.items() for config, says in cases],
+)
+def test_a_value_that_cannot_be_is_refused(name: str, config: dict[str, Any], says: str) -> None:
+    with pytest.raises(BadArgument, match=says) as refused:
+        tasks.build(name, **config)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("shape", [{"n": 0}, {"d_active": 0}, {"d_active": 999}, {"n_pairs": 0}])
+def test_a_sample_that_cannot_be_is_refused(task: Task, shape: dict[str, int]) -> None:
+    name, value = next(iter(shape.items()))
+    with pytest.raises(BadArgument, match=f"{name}={value}"):
+        prompts(task, **shape)

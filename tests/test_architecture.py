@@ -1,0 +1,470 @@
+"""The shape of the repository: who imports whom, what is public, what must be absent.
+
+A check takes one parsed file and yields ``path:line: what is wrong``. Every check is run on the
+whole repository, on snippets that it must find and on snippets that it must leave alone: a check
+that cannot fail proves nothing.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+import tomllib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from functools import cached_property
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.architecture
+
+ROOT = Path(__file__).resolve().parent.parent
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+KINDS = {m.partition(":")[0] for m in PYPROJECT["tool"]["pytest"]["ini_options"]["markers"]}
+KINDS -= {"slow", "benchmark"}  # how long it takes and what it prints, not what it asks
+
+# The arrow picture: a package, and the packages of ours that it may import.
+ARROWS = {
+    "hooks": {"hooks"},
+    "models": {"models", "hooks"},
+    "interp": {"interp", "hooks"},
+    "analyses": {"analyses", "models", "interp", "hooks"},
+}
+PACKAGES = tuple(ARROWS)
+
+# Libraries with a door: the only files of ours that import them.
+DOORS = {
+    "transformer_lens": ("hooks/point.py", "models/transformer.py"),
+    "nnsight": ("hooks/*",),
+    "transformers": ("models/pretrained.py",),
+    "seaborn": ("interp/plot.py", "interp/plot/*"),
+    "matplotlib": ("interp/plot.py", "interp/plot/*"),
+    "tyro": ("interp/cli.py",),
+    "numba": ("models/scan/*",),
+    "triton": ("models/scan/*",),
+    "mamba_ssm": ("models/scan/*",),
+    "causal_conv1d": ("models/scan/*",),
+}
+# Imported inside functions only: slow to import and seldom needed, or impossible without CUDA.
+LAZY = {"nnsight", "mamba_ssm", "causal_conv1d"}
+
+PICKLING_MODULES = {"pickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
+PICKLING_CALLS = {"torch.load", "torch.save"}
+PICKLING_METHODS = {
+    "read_pickle",
+    "to_pickle",
+    "save_state",
+    "load_state",
+}  # the last two: accelerate's
+UNFINISHED = re.compile(r"\b(?:TO" + r"DO|FIX" + r"ME|XX" + r"X)\b")
+COMMAND_LINES = ("interp/cli.py", "analyses/__main__.py")
+MAX_LINES = 500
+MAX_NAMES = 40  # a list that fits one screen
+
+
+@dataclass(frozen=True)
+class Source:
+    """One Python file: ``path`` relative to the root, with forward slashes."""
+
+    path: str
+    text: str
+
+    @cached_property
+    def tree(self) -> ast.Module:
+        return ast.parse(self.text, filename=self.path)
+
+    @property
+    def package(self) -> str | None:
+        """The package of ours that the file belongs to, None in ``tests``."""
+        top = self.path.split("/")[0]
+        return top if top in PACKAGES else None
+
+    def at(self, node: ast.AST, message: str) -> str:
+        return f"{self.path}:{getattr(node, 'lineno', 1)}: {message}"
+
+
+Check = Callable[[Source], Iterator[str]]
+
+
+def sources() -> list[Source]:
+    """Every Python file of the packages and the tests."""
+    paths = [p for top in (*PACKAGES, "tests") for p in sorted((ROOT / top).rglob("*.py"))]
+    return [
+        Source(p.relative_to(ROOT).as_posix(), p.read_text(encoding="utf-8"))
+        for p in paths
+        if not any(part.startswith(".") for part in p.relative_to(ROOT).parts)
+    ]
+
+
+# --- reading imports --------------------------------------------------------------------------
+
+
+def dotted(node: ast.AST) -> str:
+    """``a.b.c`` for a chain of names and attributes, an empty string for anything else."""
+    if isinstance(node, ast.Name):
+        return node.id
+    if isinstance(node, ast.Attribute):
+        head = dotted(node.value)
+        return f"{head}.{node.attr}" if head else ""
+    return ""
+
+
+def assigned(node: ast.stmt) -> list[str]:
+    """The names that an assignment statement sets."""
+    if isinstance(node, ast.Assign):
+        return [dotted(target) for target in node.targets]
+    return [dotted(node.target)] if isinstance(node, ast.AnnAssign | ast.AugAssign) else []
+
+
+def imports(source: Source) -> Iterator[tuple[ast.AST, str]]:
+    """Each imported module with its node, ``import_module`` of a literal included."""
+    parts = source.path.removesuffix(".py").split("/")
+    for node in ast.walk(source.tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node, alias.name
+        elif isinstance(node, ast.ImportFrom):
+            base = parts[: -node.level] if node.level else []
+            yield node, ".".join([*base, *([node.module] if node.module else [])])
+        elif isinstance(node, ast.Call) and node.args:
+            called = dotted(node.func).rpartition(".")[2]
+            name = node.args[0]
+            if called in ("import_module", "__import__") and isinstance(name, ast.Constant):
+                yield node, str(name.value)
+
+
+def when_loaded(node: ast.AST) -> Iterator[ast.AST]:
+    """Every node that runs at import: not below a function, not for type checkers only."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            continue
+        if isinstance(child, ast.If) and dotted(child.test).endswith("TYPE_CHECKING"):
+            continue
+        yield child
+        yield from when_loaded(child)
+
+
+# --- the checks -------------------------------------------------------------------------------
+
+
+def import_direction(source: Source) -> Iterator[str]:
+    """Packages import along the arrows, and none imports ``tests``."""
+    if source.package is None:
+        return
+    for node, name in imports(source):
+        top = name.partition(".")[0]
+        if top in (*PACKAGES, "tests") and top not in ARROWS[source.package]:
+            may = ", ".join(sorted(ARROWS[source.package]))
+            yield source.at(node, f"{source.package} imports {name}; it may import {may}")
+
+
+def doors(source: Source) -> Iterator[str]:
+    """A library with a door is imported only there."""
+    if source.package is None:
+        return
+    for node, name in imports(source):
+        allowed = DOORS.get(name.partition(".")[0])
+        if allowed and not any(fnmatch(source.path, pattern) for pattern in allowed):
+            yield source.at(node, f"imports {name}, which only {' and '.join(allowed)} may")
+
+
+def lazy_imports(source: Source) -> Iterator[str]:
+    """What is slow or impossible to import is imported where it is used, inside a function."""
+    if source.package is None:
+        return
+    loaded = {id(node) for node in when_loaded(source.tree)}
+    for node, name in imports(source):
+        if id(node) in loaded and name.partition(".")[0] in LAZY:
+            yield source.at(node, f"imports {name} when loaded; import it inside the function")
+
+
+def no_pickle(source: Source) -> Iterator[str]:
+    """Nothing is pickled or unpickled: a checkpoint must not be able to run code."""
+    if source.package is None:
+        return
+    for node, name in imports(source):
+        if name.partition(".")[0] in PICKLING_MODULES:
+            yield source.at(node, f"imports {name}: files are safetensors, JSON or npz")
+    for node in ast.walk(source.tree):
+        if not isinstance(node, ast.Call):
+            continue
+        called = dotted(node.func)
+        method = node.func.attr if isinstance(node.func, ast.Attribute) else ""
+        if called in PICKLING_CALLS or method in PICKLING_METHODS:
+            yield source.at(node, f"calls {method or called}, which pickles")
+        for keyword in node.keywords:
+            allowed = isinstance(keyword.value, ast.Constant) and keyword.value.value is False
+            if keyword.arg == "allow_pickle" and not allowed:
+                yield source.at(node, "allows pickle in an array file")
+
+
+def no_print(source: Source) -> Iterator[str]:
+    """Only the command lines write to standard output."""
+    if source.package is None or source.path in COMMAND_LINES:
+        return
+    for node in ast.walk(source.tree):
+        if isinstance(node, ast.Call) and dotted(node.func) == "print":
+            yield source.at(node, "prints; return the text, or hand it to interp/cli.py")
+        elif isinstance(node, ast.Attribute) and dotted(node) == "sys.stdout":
+            yield source.at(node, "uses sys.stdout; return the text, or hand it to interp/cli.py")
+
+
+def finished(source: Source) -> Iterator[str]:
+    """No debugger and no note to oneself is left in."""
+    for number, line in enumerate(source.text.splitlines(), 1):
+        found = UNFINISHED.search(line)
+        if found:
+            yield f"{source.path}:{number}: {found[0]} left in"
+    for node, name in imports(source):
+        if name.partition(".")[0] in ("pdb", "ipdb", "pudb"):
+            yield source.at(node, f"imports {name}")
+    for node in ast.walk(source.tree):
+        if isinstance(node, ast.Call) and dotted(node.func) == "breakpoint":
+            yield source.at(node, "breakpoint left in")
+
+
+def reasons(source: Source) -> Iterator[str]:
+    """A test that is skipped, or expected to fail, says why."""
+    if not source.path.startswith("tests/"):
+        return
+    takes = {
+        "skip": 0,
+        "exit": 0,
+        "skipif": 1,
+        "xfail": 1,
+        "importorskip": 2,
+    }  # position of the reason
+    called: set[int] = set()
+    for node in ast.walk(source.tree):
+        if isinstance(node, ast.Call):
+            name = dotted(node.func)
+            last = name.rpartition(".")[2]
+            if not name.startswith(("pytest.", "unittest.")) or last not in takes:
+                continue
+            called.add(id(node.func))
+            given = [k.value for k in node.keywords if k.arg in ("reason", "msg")]
+            given += node.args[takes[last] : takes[last] + 1] if last in ("skip", "exit") else []
+            if not given or (isinstance(given[0], ast.Constant) and not given[0].value):
+                yield source.at(node, f"{name} without a reason")
+    for node in ast.walk(source.tree):
+        if isinstance(node, ast.Attribute) and id(node) not in called:
+            name = dotted(node)
+            if name in ("pytest.mark.skip", "pytest.mark.skipif", "pytest.mark.xfail"):
+                yield source.at(node, f"{name} without a reason")
+
+
+def kinds(source: Source) -> Iterator[str]:
+    """Every test carries the marker of its kind, on itself, its class or its file."""
+    if not fnmatch(source.path, "tests/*test_*.py") or "/benchmarks/" in source.path:
+        return
+
+    def marked(nodes: list[ast.expr]) -> bool:
+        names = (dotted(sub) for node in nodes for sub in ast.walk(node))
+        return any(n.startswith("pytest.mark.") and n.split(".")[2] in KINDS for n in names)
+
+    def unmarked(body: list[ast.stmt]) -> Iterator[str]:
+        if any(marked([node.value]) for node in body if "pytestmark" in assigned(node)):
+            return
+        for node in body:
+            if isinstance(node, ast.ClassDef) and node.name.startswith("Test"):
+                if not marked(node.decorator_list):
+                    yield from unmarked(node.body)
+            elif isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+                if not marked(node.decorator_list):
+                    yield source.at(node, f"{node.name} has no kind: {', '.join(sorted(KINDS))}")
+
+    yield from unmarked(source.tree.body)
+
+
+def short_files(source: Source) -> Iterator[str]:
+    """A long file is two ideas."""
+    lines = source.text.count("\n")
+    if lines > MAX_LINES:
+        yield f"{source.path}:{MAX_LINES}: {lines} lines; past {MAX_LINES} it wants to be two files"
+
+
+def public_list(source: Source) -> Iterator[str]:
+    """A package's ``__all__`` is written out by hand, without repeats, and fits one screen."""
+    if source.package is None or not source.path.endswith("__init__.py"):
+        return
+    lists = [node for node in source.tree.body if "__all__" in assigned(node)]
+    if len(lists) != 1:
+        yield f"{source.path}:1: {len(lists) or 'no'} __all__"
+        return
+    node, value = lists[0], lists[0].value
+    literal = isinstance(value, ast.List | ast.Tuple) and all(
+        isinstance(e, ast.Constant) and isinstance(e.value, str) for e in value.elts
+    )
+    if not literal:
+        yield source.at(node, "__all__ is not a literal list of names")
+        return
+    names: list[str] = ast.literal_eval(value)
+    if len(names) > MAX_NAMES:
+        yield source.at(node, f"__all__ has {len(names)} names; {MAX_NAMES} fit one screen")
+    for name in sorted({n for n in names if names.count(n) > 1 or n.startswith("_")}):
+        yield source.at(node, f"__all__ repeats {name} or it is private")
+
+
+CHECKS: tuple[Check, ...] = (
+    import_direction,
+    doors,
+    lazy_imports,
+    no_pickle,
+    no_print,
+    finished,
+    reasons,
+    kinds,
+    short_files,
+    public_list,
+)
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_the_repository(check: Check) -> None:
+    files = sources()
+    assert {f.package for f in files} == {*PACKAGES, None}, "a package or the tests were not found"
+    offences = [line for file in files for line in check(file)]
+    assert not offences, "\n" + "\n".join(offences)
+
+
+# --- each check can fail ----------------------------------------------------------------------
+
+UNDONE = "# TO" + "DO: later"
+NAMES = [f"name{i}" for i in range(MAX_NAMES + 1)]
+
+# (check, path, text, what the offence must say)
+BAD: tuple[tuple[Check, str, str, str], ...] = (
+    (
+        import_direction,
+        "hooks/a.py",
+        "\nimport models.scan",
+        "hooks/a.py:2: hooks imports models.scan",
+    ),
+    (import_direction, "interp/a.py", "from models import load", "interp imports models"),
+    (
+        import_direction,
+        "models/a.py",
+        "def f():\n    import interp",
+        "models/a.py:2: models imports",
+    ),
+    (import_direction, "models/scan/a.py", "from analyses import train", "models imports analyses"),
+    (
+        import_direction,
+        "hooks/a.py",
+        "importlib.import_module('interp.plot')",
+        "imports interp.plot",
+    ),
+    (import_direction, "models/a.py", "from ..interp import cli", "models imports interp"),
+    (import_direction, "analyses/a.py", "import tests.conftest", "analyses imports tests"),
+    (doors, "hooks/run.py", "from transformer_lens import HookPoint", "only hooks/point.py"),
+    (doors, "models/a.py", "def f():\n    import nnsight", "models/a.py:2: imports nnsight"),
+    (
+        doors,
+        "models/mamba.py",
+        "from transformers.models import mamba",
+        "only models/pretrained.py",
+    ),
+    (doors, "analyses/a.py", "import seaborn as sns", "only interp/plot.py"),
+    (doors, "interp/result.py", "from matplotlib.figure import Figure", "only interp/plot.py"),
+    (doors, "analyses/a.py", "import tyro", "only interp/cli.py"),
+    (
+        lazy_imports,
+        "hooks/trace.py",
+        "import torch\nimport nnsight",
+        "hooks/trace.py:2: imports nnsight",
+    ),
+    (lazy_imports, "models/scan/a.py", "try:\n    import mamba_ssm\nfinally:\n    pass", "a.py:2"),
+    (no_pickle, "models/a.py", "import pickle", "imports pickle"),
+    (no_pickle, "models/a.py", "weights = torch.load(path)", "calls load, which"),
+    (no_pickle, "interp/a.py", "accelerator.save_state(path)", "calls save_state"),
+    (no_pickle, "interp/a.py", "np.load(path, allow_pickle=True)", "allows pickle"),
+    (no_print, "interp/result.py", "def f():\n    print(1)", "interp/result.py:2: prints"),
+    (no_print, "analyses/a.py", "sys.stdout.write('x')", "uses sys.stdout"),
+    (finished, "tests/test_a.py", f"x = 1\n{UNDONE}", "tests/test_a.py:2"),
+    (finished, "models/a.py", "breakpoint()", "breakpoint left in"),
+    (finished, "models/a.py", "import pdb", "imports pdb"),
+    (
+        reasons,
+        "tests/test_a.py",
+        "def test():\n    pytest.skip()",
+        "test_a.py:2: pytest.skip without",
+    ),
+    (reasons, "tests/test_a.py", "pytest.skip('')", "without a reason"),
+    (reasons, "tests/test_a.py", "@pytest.mark.skip\ndef test(): ...", "pytest.mark.skip without"),
+    (reasons, "tests/test_a.py", "@pytest.mark.skipif(True)\ndef test(): ...", "skipif without"),
+    (reasons, "tests/test_a.py", "pytest.param(1, marks=pytest.mark.xfail)", "xfail without"),
+    (reasons, "tests/test_a.py", "np = pytest.importorskip('numpy')", "importorskip without"),
+    (kinds, "tests/a/test_a.py", "def test_it(): ...", "test_it has no kind"),
+    (kinds, "tests/test_a.py", "@pytest.mark.slow\ndef test_it(): ...", "test_it has no kind"),
+    (kinds, "tests/test_a.py", "class TestIt:\n    def test_it(self): ...", "test_a.py:2: test_it"),
+    (short_files, "hooks/a.py", "\n" * (MAX_LINES + 1), "wants to be two files"),
+    (public_list, "hooks/__init__.py", "import torch", "no __all__"),
+    (public_list, "hooks/__init__.py", "__all__ = ['a']\n__all__ += ['b']", "2 __all__"),
+    (public_list, "hooks/__init__.py", "__all__ = sorted(globals())", "not a literal list"),
+    (public_list, "hooks/__init__.py", f"__all__ = {NAMES}", "fit one screen"),
+    (public_list, "hooks/__init__.py", "__all__ = ['a', 'b', 'a']", "repeats a"),
+)
+
+GOOD: tuple[tuple[Check, str, str], ...] = (
+    (import_direction, "models/a.py", "import hooks\nfrom models.scan import scan\nimport torch"),
+    (import_direction, "analyses/a.py", "import interp, models, hooks"),
+    (import_direction, "models/scan/a.py", "from . import reference\nfrom ..heads import Head"),
+    (import_direction, "tests/test_a.py", "import analyses, models, hooks"),
+    (doors, "hooks/point.py", "from transformer_lens import HookedRootModule"),
+    (doors, "interp/plot/lines.py", "import seaborn"),
+    (doors, "tests/test_a.py", "import transformers"),
+    (lazy_imports, "hooks/trace.py", "def f():\n    import nnsight"),
+    (lazy_imports, "hooks/trace.py", "if TYPE_CHECKING:\n    import nnsight"),
+    (
+        no_pickle,
+        "models/a.py",
+        "model.load_state_dict(load_file(path))\nnp.load(p, allow_pickle=False)",
+    ),
+    (no_print, "interp/cli.py", "print(text)"),
+    (no_print, "models/a.py", "def fingerprint(x):\n    return x.print()"),
+    (finished, "models/a.py", "# done"),
+    (reasons, "tests/test_a.py", "pytest.skip('needs CUDA')\npytest.importorskip('x', reason='y')"),
+    (reasons, "tests/test_a.py", "@pytest.mark.skipif(True, reason='needs CUDA')\ndef test(): ..."),
+    (kinds, "tests/test_a.py", "pytestmark = [pytest.mark.law]\ndef test_it(): ..."),
+    (kinds, "tests/test_a.py", "@pytest.mark.law\nclass TestIt:\n    def test_it(self): ..."),
+    (kinds, "tests/test_a.py", "@pytest.mark.slow\n@pytest.mark.law\ndef test_it(): ..."),
+    (kinds, "tests/conftest.py", "def test_data(): ..."),
+    (short_files, "hooks/a.py", "\n" * MAX_LINES),
+    (public_list, "hooks/__init__.py", "__all__ = ['record', 'edit']"),
+    (public_list, "hooks/__init__.py", "__all__: list[str] = []"),
+    (public_list, "hooks/run.py", "import torch"),
+)
+
+
+@pytest.mark.parametrize(("check", "path", "text", "says"), BAD)
+def test_a_check_finds(check: Check, path: str, text: str, says: str) -> None:
+    offences = list(check(Source(path, text)))
+    assert len(offences) == 1
+    assert says in offences[0]
+
+
+@pytest.mark.parametrize(("check", "path", "text"), GOOD)
+def test_a_check_leaves_alone(check: Check, path: str, text: str) -> None:
+    assert list(check(Source(path, text))) == []
+
+
+def test_every_check_is_shown_both_ways() -> None:
+    assert {case[0] for case in BAD} == {case[0] for case in GOOD} == set(CHECKS)
+
+
+# --- public names and declared packages -------------------------------------------------------
+
+
+@pytest.mark.parametrize("package", PYPROJECT["tool"]["setuptools"]["packages"])
+def test_public_names_resolve(package: str) -> None:
+    module = importlib.import_module(package)
+    missing = [name for name in module.__all__ if not hasattr(module, name)]
+    assert not missing, f"{package}.__all__ promises {', '.join(missing)}"
+
+
+def test_packages_are_declared() -> None:
+    on_disk = {s.path.rpartition("/")[0].replace("/", ".") for s in sources() if s.package}
+    assert on_disk == set(PYPROJECT["tool"]["setuptools"]["packages"])
