@@ -154,6 +154,11 @@ def _open(name: str, config: Config) -> tuple[Stack, Task]:
             f"{name} reads tokens of {model.cfg.d_in} numbers and this task has {task.d_token}; "
             f"it was trained on {model.card['task_config']}"
         )
+    if getattr(task, "tokens", "interleaved") != "interleaved":
+        raise BadArgument(
+            f"{name} reads joint tokens, one forked step for each example; means by position need all "
+            "of a prompt in one forward: train it with --task-config tokens=interleaved"
+        )
     return model, task
 
 
@@ -324,10 +329,15 @@ def _checks(
     )
     other = task.corrupt(runs.batch, seeds.generator("corrupt", seed))
     wrong = evaluate.errors(model, task, batch=replace(runs.batch, targets=other.targets))
-    checks.append(Check.at_least("error against another task's labels", float(wrong.mean()), 1.0))
+    nothing = float(other.targets.square().mean()) / task.scale
+    checks.append(
+        Check.at_least("another task's labels: error relative to predicting zero", float(wrong.mean()) / nothing, 0.9)
+    )
+    nothing = float(runs.batch.targets.square().mean()) / task.scale
     for rival in rivals:
         if rival.name == "untrained":
-            checks.append(Check.at_least("error of the untrained model", float(rival.runs.clean.mean()), 0.9))
+            relative = float(rival.runs.clean.mean()) / nothing
+            checks.append(Check.at_least("untrained model: error relative to predicting zero", relative, 0.9))
         elif rival.name.startswith(RIVALS):
             most = max(
                 float((error - rival.runs.clean).abs().max())
@@ -347,8 +357,6 @@ def _checks(
 
 def plot(result: Result) -> Figure:
     """Error against k for each mode; the change by layer and mode; the shares of the variance of log Δ."""
-    import numpy as np
-
     from interp import plot as draw
     from interp.variance import LEVELS, STATIC
 
@@ -380,8 +388,8 @@ def plot(result: Result) -> Figure:
     middle.set_ylabel("edited layer")
     middle.tick_params(axis="x", rotation=60)
 
-    both = dict(zip(LEVELS, np.transpose(arrays["shares"]), strict=True))
-    moving = dict(zip(LEVELS[len(STATIC) :], np.transpose(arrays["moving"]), strict=True))
+    both = dict(zip(LEVELS, map(tuple, arrays["shares"].T.tolist()), strict=True))
+    moving = dict(zip(LEVELS[len(STATIC) :], map(tuple, arrays["moving"].T.tolist()), strict=True))
     draw.shares(right, {"all": both, "without\nstatic part": moving}, LEVELS, label="share of the variance of log Δ")
     figure.suptitle(_title(result, named), fontsize=11)
     figure.supxlabel(

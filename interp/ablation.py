@@ -170,7 +170,7 @@ def _replacement(mode: str, site: str, reference: Reference, seed: int) -> hooks
 
 
 class Ablation:
-    """Runs edits on one model and one batch of prompts.
+    """Runs edits on one model and one batch of prompts, all of whose examples are read out of one forward.
 
     ``clean`` is the error of the unedited run, (n, n_pairs): squared, divided by the task's scale.
     """
@@ -178,11 +178,7 @@ class Ablation:
     def __init__(self, model: Any, task: Task, batch: Batch, reference: Reference, chunk: int = 128) -> None:
         self.model, self.task, self.batch, self.reference, self.chunk = model, task, batch, reference, chunk
         self.clean = errors(model, task, batch=batch, batch_size=chunk)
-        # Where one forward reads all examples a run can start at the layer of its edit; joint tokens are stepped through.
-        self._before: Mapping[str, Tensor] = {}
-        if len(batch.read) == batch.targets.shape[1]:
-            tokens = batch.tokens.to(next(model.parameters()))
-            self._before = hooks.record(model, tokens, "blocks.*.hook_resid_pre")
+        self._before = hooks.record(model, batch.tokens.to(next(model.parameters())), "blocks.*.hook_resid_pre")
 
     def run(self, cell: Cell, seed: int = 0) -> Float[Tensor, "n n_pairs"]:
         """Errors under one cell."""
@@ -191,7 +187,7 @@ class Ablation:
     def under(self, changes: Mapping[str, Any], layer: int | None = None) -> Float[Tensor, "n n_pairs"]:
         """Errors under any ``{site: edit}``; ``layer`` says that nothing before that layer is edited."""
         model: Any = self.model
-        if layer and self._before:
+        if layer:
             model = _From(model, self._before[f"blocks.{layer}.hook_resid_pre"], layer, self.chunk)
         with hooks.edit(self.model, changes):
             return errors(model, self.task, batch=self.batch, batch_size=self.chunk)

@@ -135,6 +135,8 @@ def _print(text: str) -> None:
     """``text`` on stdout, once for all processes; quiet when the reader (``| head``) has gone."""
     if os.environ.get("RANK", "0") != "0":
         return
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a Δ on a terminal that has none is a "?"
     try:
         print(text, flush=True)
     except BrokenPipeError:
@@ -143,17 +145,23 @@ def _print(text: str) -> None:
 
 
 def _one_line(box: str, prog: str) -> str:
-    """The message of tyro's error box, its near names, and where help is."""
+    """The message of tyro's error box, its near names, and where help is.
+
+    The box is drawn in ASCII where stdout is not UTF-8: then rules are hyphens and the title is a
+    section of its own.
+    """
     plain = re.sub(r"\x1b\[[0-9;]*m", "", box)
-    rows = [row.strip(" │╭╮╰╯") for row in plain.splitlines() if not row.startswith(("╭", "╰"))]
-    parts = re.split(r"─{4,}", "\n".join(rows))
-    message = " ".join(parts[0].split())
+    rows = [row.strip(" │") for row in plain.splitlines() if not row.startswith(("╭", "╰"))]
+    parts = re.split(r"^[─-]{4,}$", "\n".join(rows), flags=re.MULTILINE)
+    if "╭" not in plain:
+        parts = parts[1:]
     near = [
         match
         for part in parts[1:]
         if "Perhaps you meant" in part
         for match in re.findall(r"^--[\w-]+", part, flags=re.MULTILINE)
     ]
+    message = " ".join("".join(parts[:1]).split()) or "the command line cannot be read"
     if near:
         message += "; did you mean " + " or ".join(dict.fromkeys(near)) + "?"
-    return f"{message or 'the command line cannot be read'} ({prog} --help lists the options)"
+    return f"{message} ({prog} --help lists the options)"

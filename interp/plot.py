@@ -14,7 +14,7 @@ matplotlib.use("Agg")
 
 import numpy as np
 import seaborn
-from jaxtyping import Float
+from jaxtyping import Float, Num
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.colors import SymLogNorm
@@ -41,7 +41,7 @@ def canvas(columns: Sequence[float], height: float, width: float = 12.5) -> tupl
 
 def curves(
     axes: Axes,
-    x: Sequence[float],
+    x: Num[np.ndarray, "k"],
     lines: Mapping[str, tuple[Float[np.ndarray, "k"], Float[np.ndarray, "k"], Float[np.ndarray, "k"]]],
     *,
     floor: float,
@@ -66,7 +66,7 @@ def curves(
     seaborn.despine(ax=axes)
 
 
-def baseline(axes: Axes, x: Sequence[float], y: Float[np.ndarray, "k"], name: str, *, floor: float) -> None:
+def baseline(axes: Axes, x: Num[np.ndarray, "k"], y: Float[np.ndarray, "k"], name: str, *, floor: float) -> None:
     """A reference curve: thick, grey, without a band of its own."""
     axes.plot(x, np.maximum(y, floor), color="0.45", linewidth=2.6, alpha=0.75, zorder=1, label=name)
 

@@ -10,6 +10,7 @@ computed in float64 and mixes with nothing. In all functions a decay of exactly 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -98,7 +99,7 @@ _SCAN = {
 
 
 def _checked(
-    operands: dict[str, Tensor | None], axes: dict[str, str], *families: tuple[torch.dtype, ...]
+    operands: Mapping[str, object], axes: dict[str, str], *families: tuple[torch.dtype, ...]
 ) -> list[Any]:
     """The operands, in one dtype to compute in, or BadArgument. The first one settles device, dtype and sizes."""
     first_name, first = next(iter(operands.items()))

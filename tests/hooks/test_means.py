@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import hooks
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -16,21 +17,16 @@ KINDS = [0, 1] * 5 + [0]
 
 def by_hand(value: Tensor, over: tuple[str, ...], kinds: list[int] | None = None) -> Tensor:
     """The mean at each entry, one entry at a time: over everything that shares its coordinates on the kept axes."""
-    batch, length, channels = value.shape
-    out = torch.empty_like(value)
-    for b in range(batch):
-        for t in range(length):
-            for c in range(channels):
-                rows = range(batch) if "batch" in over else [b]
-                columns = range(channels) if "channel" in over else [c]
-                times = [t]
-                if "pos" in over:
-                    times = list(range(length))
-                if "kind" in over:
-                    assert kinds is not None
-                    times = [s for s in range(length) if kinds[s] == kinds[t]]
-                out[b, t, c] = torch.stack([value[i, s, j] for i in rows for s in times for j in columns]).mean()
-    return out
+    array = value.numpy()
+    out = np.empty_like(array)
+    for b, t, c in np.ndindex(array.shape):
+        rows = range(array.shape[0]) if "batch" in over else [b]
+        columns = range(array.shape[2]) if "channel" in over else [c]
+        times = range(array.shape[1]) if "pos" in over else [t]
+        if "kind" in over and kinds is not None:
+            times = [s for s, kind in enumerate(kinds) if kind == kinds[t]]
+        out[b, t, c] = array[np.ix_(rows, times, columns)].mean()
+    return torch.from_numpy(out)
 
 
 OVERS = [

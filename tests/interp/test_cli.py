@@ -203,7 +203,7 @@ assert not heavy, f"loaded to print help: {{heavy}}"
 )
 def test_help_loads_nothing_heavy(module: str) -> None:
     process = started("-c", WITHOUT.format(module=module))
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     assert "--help" in out
 
@@ -213,7 +213,7 @@ def test_a_reader_that_has_gone_is_no_error() -> None:
     os.close(read)
     process = started("-m", "analyses", stdout=write)
     os.close(write)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=300)
     assert (process.returncode, err) == (0, "")
 
 
@@ -241,7 +241,7 @@ def test_ctrl_c_is_one_line_and_exit_1() -> None:
     assert process.stdout is not None
     assert process.stdout.readline() == "running\n"
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=300)
     assert (process.returncode, out) == (1, "")
     assert err.count("\n") == 1
     assert "Ctrl-C" in err

@@ -1,0 +1,212 @@
+"""The Δ ablation: its table and figure, its refusals, and every one of its checks seen failing."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import models
+from analyses import ablate_delta
+from hooks.errors import BadArgument
+from interp import ablation_controls, cli, evaluate, tasks, variance
+from interp.ablation import Cell
+from interp.result import Result
+
+D, N_PAIRS = 2, 9
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small untrained Mamba with a card that tells the truth about it."""
+    torch.manual_seed(0)
+    task = tasks.build("linreg", d=D, n_pairs=N_PAIRS)
+    model = models.build("mamba", d_model=8, n_layers=2, d_state=4, d_in=D, d_out=1).eval()
+    measured = {f"k={k}": row for k, row in evaluate.summary(model, task, [2, 4, 8]).items()}
+    path = tmp_path_factory.mktemp("checkpoint") / "small.safetensors"
+    models.save(model, path, {"task": "linreg", "task_config": task.config, "measured": {"model": measured}})
+    return path
+
+
+@pytest.fixture(scope="module")
+def config(checkpoint: Path) -> ablate_delta.Config:
+    return ablate_delta.Config(model=str(checkpoint), prompts=24, reference=20, scales=(0.5, 2.0))
+
+
+@pytest.fixture(scope="module")
+def result(config: ablate_delta.Config) -> Result:
+    return ablate_delta.run(config)
+
+
+@pytest.mark.end_to_end
+def test_table_holds_every_cell_with_interval_and_n(result: Result) -> None:
+    table = result.table
+    own = table[table.model == result.config["model"]]
+    modes = {"mean", "position-mean", "token-mean", "resample", "freeze:x", "freeze:y", "scale×0.5", "scale×2", "all-mean"}
+    delta = own[own.signal.isin(["delta", "delta,B,C"])]
+    assert set(delta["mode"]) == modes
+    for mode in modes:
+        for role in ("both", "decay", "write"):
+            rows = delta[(delta["mode"] == mode) & (delta.role == role)]
+            assert set(rows.layer) == {"all", "0", "1"} and set(rows.k) == {"2", "4", "8", "mean"}
+    assert {"B", "C", "gate", "control"} <= set(own.signal)
+    assert {"untrained", "ols", "ridge", "averaging", "knn", "zero"} <= set(table.model)
+    assert (table.low <= table.error + 1e-12).all() and (table.error <= table.high + 1e-12).all()
+    assert (table.n == 24).all()
+    assert result.ok, [check for check in result.checks if not check.ok]
+
+
+@pytest.mark.end_to_end
+def test_the_figure_is_redrawn_from_disk_without_the_model(result: Result, tmp_path: Path) -> None:
+    saved = result.save(tmp_path, analysis="ablate_delta")
+    assert saved.folder is not None
+    loaded = Result.load(saved.folder)
+    figure = ablate_delta.plot(loaded)
+    panels = [axes for axes in figure.axes if axes.get_title(loc="left")]
+    assert [axes.get_title(loc="left") for axes in panels] == ["a", "b", "c"]
+    labels = [text.get_text() for text in panels[0].get_legend().get_texts()]
+    assert "least squares" in labels and "position-mean" in labels and "Δ as it is" in labels
+    assert figure.get_suptitle()
+    np.testing.assert_allclose(loaded.arrays["shares"][0].sum(), 1.0)
+
+
+@pytest.mark.planted
+def test_the_change_is_that_of_a_run_made_by_hand(result: Result, config: ablate_delta.Config) -> None:
+    """One cell again without the analysis: Δ halved in layer 1 by a plain torch hook."""
+    model = models.load(str(config.model))
+    task = tasks.build("linreg", d=D, n_pairs=N_PAIRS)
+    batch = evaluate.prompts(task, 24, 0, "ablate")
+    with torch.no_grad():
+        clean = task.loss(task.predict(model, batch), batch)[:, 4].mean() / task.scale
+        handle = model.blocks[1].mixer.hook_delta.register_forward_hook(lambda m, i, out: out * 0.5)
+        halved = task.loss(task.predict(model, batch), batch)[:, 4].mean() / task.scale
+        handle.remove()
+    rows = result.table
+    row = rows[(rows["mode"] == "scale×0.5") & (rows.signal == "delta") & (rows.role == "both") & (rows.layer == "1")]
+    found = row[row.k == "4"].iloc[0]
+    assert found.error == pytest.approx(float(halved), rel=1e-4)
+    assert found.change == pytest.approx(float(halved - clean), rel=1e-2, abs=1e-7)
+
+
+@pytest.mark.contract
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"task": "lingre"}, "no task is called"),
+        ({"model": "mamba-nothing"}, "mamba-nothing"),
+        ({"modes": ("mien",)}, 'no mode is called "mien"'),
+        ({"layers": (5,)}, "no layer 5"),
+        ({"device": "tpu"}, "tpu"),
+        ({"task_config": ("d=7",)}, "reads tokens of 2 numbers and this task has 7"),
+        ({"task_config": ("d",)}, "takes name=value"),
+        ({"channel_share": 0.0}, "channel_share"),
+    ],
+)
+def test_wrong_arguments_are_one_line(config: ablate_delta.Config, flags: dict[str, object], message: str) -> None:
+    with pytest.raises(BadArgument, match=message) as error:
+        ablate_delta.run(dataclasses.replace(config, **flags))
+    code, line = cli.explain(error.value)
+    assert code == 2 and "\n" not in line
+
+
+def failing(config: ablate_delta.Config, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> set[str]:
+    """Names of the checks that fail when parts of a run are tampered with."""
+    model, task = ablate_delta._open(str(config.model), config)
+    batch = evaluate.prompts(task, 16, 0, "ablate")
+    subject = ablate_delta._subject("it", model, task, batch, evaluate.prompts(task, 16, 0, "reference"))
+    model.card["measured"]["model"]["k=4"]["error"] += changes.pop("card", 0.0)
+    if "corrupt" in changes:
+        monkeypatch.setattr(task, "corrupt", changes.pop("corrupt"))
+    controls = {"identity": changes.pop("identity", subject.runs.clean)}
+    rivals, beside = [], {}
+    for name, errors in changes.pop("rivals", {}).items():
+        runs = copy.copy(subject.runs)
+        runs.clean = torch.zeros(4, 3)
+        rivals.append(ablate_delta.Subject(name, model, task, runs))
+        beside[name] = errors
+    log_delta = subject.runs.reference.record.stack("*.hook_delta").log()
+    parts = variance.shares(log_delta, batch.kinds, n_boot=10)
+    parts = dataclasses.replace(parts, share=parts.share * changes.pop("share", 1.0))
+    assert not changes
+    found = ablate_delta._checks(subject, controls, rivals, beside, parts, 0)
+    return {check.name for check in found if not check.ok}
+
+
+def test_untampered_checks_hold(config: ablate_delta.Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert failing(config, monkeypatch) == set()
+
+
+def test_a_card_that_says_another_error_is_seen(config: ablate_delta.Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert failing(config, monkeypatch, card=50.0) == {"clean error at k=4 against the card, in standard errors"}
+
+
+def test_an_identity_that_changes_something_is_seen(config: ablate_delta.Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert failing(config, monkeypatch, identity=torch.zeros(16, N_PAIRS)) == {"identity edit: largest change of an error"}
+    monkeypatch.setattr(ablation_controls, "identity", lambda model: {"*.hook_C": lambda c: c * 1.01})
+    assert failing(config, monkeypatch) == {"identity edit on the exposed path: largest change"}
+
+
+def test_paths_that_disagree_are_seen(config: ablate_delta.Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    import models.recurrence as module
+
+    right = module.scan
+    monkeypatch.setattr(
+        "models.mamba.recurrence", lambda decay, write, h0, edits=(): right(decay, write, h0) * 100
+    )
+    assert "fused against exposed path, relative" in failing(config, monkeypatch)
+
+
+def test_predictions_that_fit_another_tasks_labels_are_seen(
+    config: ablate_delta.Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, task = ablate_delta._open(str(config.model), config)
+
+    def telling(batch: tasks.Batch, generator: torch.Generator) -> tasks.Batch:
+        with torch.no_grad():
+            return dataclasses.replace(batch, targets=task.predict(model, batch))
+
+    assert failing(config, monkeypatch, corrupt=telling) == {
+        "another task's labels: error relative to predicting zero"
+    }
+
+
+def test_rivals_that_break_their_promise_are_seen(config: ablate_delta.Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    zero = torch.zeros(4, 3)
+    assert failing(config, monkeypatch, rivals={"untrained": {}}) == {
+        "untrained model: error relative to predicting zero"
+    }
+    for errors, count in (
+        ({Cell("mean"): zero, Cell("scale×2"): zero + 1}, 0),
+        ({Cell("mean"): zero + 1, Cell("scale×2"): zero + 1}, 1),
+        ({Cell("mean"): zero, Cell("scale×2"): zero}, 1),
+    ):
+        assert len(failing(config, monkeypatch, rivals={"lti-mamba-linreg": errors})) == count
+
+
+def test_shares_that_do_not_sum_to_one_are_seen(config: ablate_delta.Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert failing(config, monkeypatch, share=0.9) == {"variance shares: distance of their sum from 1"}
+
+
+@pytest.mark.end_to_end
+def test_the_command_on_the_bundled_checkpoint(tmp_path: Path) -> None:
+    """``python -m analyses.ablate_delta --task linreg --quick``: files, table, checks; and --json with one flag wrong."""
+    command = [sys.executable, "-m", "analyses.ablate_delta", "--task", "linreg", "--quick", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    folder = Path(done.stdout.strip().splitlines()[-1].removeprefix("written: "))
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "arrays.npz", "figure.png", "figure.svg", "result.json", "table.csv",
+    ]  # fmt: skip
+    head = json.loads((folder / "result.json").read_text())
+    assert head["ok"], head["checks"]
+    wrong = subprocess.run([*command, "--mdoel", "x"], capture_output=True, text=True, check=False)
+    assert wrong.returncode == 2 and wrong.stdout == "" and len(wrong.stderr.strip().splitlines()) == 1

@@ -1,0 +1,114 @@
+"""The README tells the truth: its code runs, its tables are the vocabulary's and the cards', its commands exist."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import models
+from hooks.sites import SITES, Kind
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+PLACES = {
+    "hook_embed": "root",
+    "hook_resid_pre": "`blocks.i.`",
+    "hook_resid_post": "`blocks.i.`",
+    "hook_scale": "`blocks.i.norm.`, `ln_final.`",
+    "hook_normalized": "`blocks.i.norm.`, `ln_final.`",
+    "hook_out": "the mixer's output; the prediction is `head.hook_out`",
+}
+
+
+def between(marker: str) -> str:
+    """The README's text between <!-- marker --> and <!-- /marker -->."""
+    return README.split(f"<!-- {marker} -->")[1].split(f"<!-- /{marker} -->")[0].strip()
+
+
+def site_table() -> str:
+    """The table of sites as the README must have it."""
+    rows = ["| site | axes | equation | range | note |", "|---|---|---|---|---|"]
+    for name, kind in SITES.items():
+        rows.append(f"| `{name}` | {' '.join(kind.axes)} | {kind.equation} | {kind.range} | {_note(name, kind)} |")
+    return "\n".join(rows)
+
+
+def _note(name: str, kind: Kind) -> str:
+    note = "" if name == "hook_out" else kind.note
+    return "; ".join(part for part in (PLACES.get(name, ""), note) if part)
+
+
+def measured_table() -> str:
+    """The table of bundled checkpoints as their cards have it: squared error ÷ E[y²] on fresh prompts."""
+    rows = [
+        "| checkpoint | parameters | steps | seconds | learning rate | error at k = d | 2d | 4d |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name in models.names():
+        card = models.load(name).card
+        d = card["task_config"]["d"]
+        errors = [card["measured"]["model"][f"k={k}"] for k in (d, 2 * d, 4 * d)]
+        cells = " | ".join(f"{e['error']:.4f} ± {e['standard_error']:.4f}" for e in errors)
+        rows.append(
+            f"| `{name}` | {card['parameters']:,} | {card['steps']:,} | {card['seconds']:,.0f} | "
+            f"{card['learning_rate']:g} | {cells} |"
+        )
+    return "\n".join(rows)
+
+
+@pytest.mark.contract
+def test_the_site_table_is_the_vocabulary() -> None:
+    assert between("sites") == site_table(), f"put this between the markers:\n{site_table()}"
+
+
+@pytest.mark.contract
+def test_the_table_of_checkpoints_is_what_their_cards_say() -> None:
+    assert between("measured") == measured_table(), f"put this between the markers:\n{measured_table()}"
+
+
+@pytest.mark.end_to_end
+def test_the_python_blocks_run_one_after_the_other(capsys: pytest.CaptureFixture[str]) -> None:
+    space: dict[str, object] = {}
+    blocks = [code for language, code in BLOCKS if language == "python"]
+    assert len(blocks) >= 3
+    for code in blocks:
+        exec(compile(code, "README.md", "exec"), space)
+    said = capsys.readouterr().out
+    clean, fixed = (float(number) for number in re.findall(r"(\d+\.\d+) with", said)[:1] + re.findall(r", (\d+\.\d+) with", said))
+    assert fixed > clean
+
+
+@pytest.mark.end_to_end
+def test_every_shell_line_is_a_command_that_exists() -> None:
+    """make targets by a dry run; analyses by --help. (make demo and make test themselves are what sets this test up.)"""
+    lines = [line.split("#")[0].strip() for language, code in BLOCKS if language == "sh" for line in code.splitlines()]
+    lines += re.findall(r"`(python -m analyses[^`]*)`", README)
+    assert len(lines) >= 4
+    for line in filter(None, lines):
+        words = shlex.split(line)
+        if words[0] == "make":
+            command = ["make", "-n", *words[1:]]
+        else:
+            assert words[:2] == ["python", "-m"], line
+            command = [sys.executable, *words[1:], *([] if words[2] == "analyses" else ["--help"])]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+        assert done.returncode == 0, f"{line}: {done.stderr}"
+
+
+@pytest.mark.contract
+def test_every_block_is_of_a_kind_that_a_test_looks_at() -> None:
+    assert {language for language, _ in BLOCKS} <= {"python", "sh", ""}
+    pictures = [code for language, code in BLOCKS if language == ""]
+    assert len(pictures) == 1 and "analyses" in pictures[0]  # the arrow picture
+
+
+@pytest.mark.contract
+def test_pictures_that_the_readme_shows_are_there() -> None:
+    for path in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", README):
+        assert (ROOT / path).is_file(), path
