@@ -146,9 +146,7 @@ def _open(name: str, config: Config) -> tuple[Stack, Task]:
     trained_on = model.card.get("task")
     if trained_on != config.task:
         raise BadArgument(f'{name} was trained on "{trained_on}", not on "{config.task}"')
-    task = tasks.build(
-        config.task, **{**model.card["task_config"], **named_values("task-config", config.task_config)}
-    )
+    task = tasks.build(config.task, **{**model.card["task_config"], **named_values("task-config", config.task_config)})
     if (task.d_token, task.d_out) != (model.cfg.d_in, model.cfg.d_out):
         raise BadArgument(
             f"{name} reads tokens of {model.cfg.d_in} numbers and this task has {task.d_token}; "
@@ -200,9 +198,7 @@ def _controls(subject: Subject, config: Config, tick: Any) -> dict[str, Tensor]:
     runs = subject.runs
     changes: dict[str, Any] = {"identity": make.identity(subject.model)}
     if make.has_taps(subject.model):
-        changes |= {
-            f"freeze:{kind}, taps cut": make.freeze_and_cut_taps(runs, kind) for kind in subject.task.kinds
-        }
+        changes |= {f"freeze:{kind}, taps cut": make.freeze_and_cut_taps(runs, kind) for kind in subject.task.kinds}
     changes["noise like content"] = make.noise(runs, config.seed)
     for which, edits in make.channel_sets(runs, config.channel_share, config.seed).items():
         changes[f"mean of channels: {which}"] = edits
@@ -351,7 +347,9 @@ def _checks(
                 if cell.mode.startswith("scale")
             )
             checks.append(Check.at_least(f"{rival.name}: scaling Δ does change the error", least, FP32 * 10))
-    checks.append(Check.at_most("variance shares: distance of their sum from 1", abs(float(parts.share.sum()) - 1), 1e-9))
+    checks.append(
+        Check.at_most("variance shares: distance of their sum from 1", abs(float(parts.share.sum()) - 1), 1e-9)
+    )
     return checks
 
 
@@ -386,15 +384,14 @@ def plot(result: Result) -> Figure:
         unsure=(low <= 0) & (high >= 0),
     )
     middle.set_ylabel("edited layer")
-    middle.tick_params(axis="x", rotation=60)
 
     both = dict(zip(LEVELS, map(tuple, arrays["shares"].T.tolist()), strict=True))
     moving = dict(zip(LEVELS[len(STATIC) :], map(tuple, arrays["moving"].T.tolist()), strict=True))
     draw.shares(right, {"all": both, "without\nstatic part": moving}, LEVELS, label="share of the variance of log Δ")
     figure.suptitle(_title(result, named), fontsize=11)
     figure.supxlabel(
-        f"n = {config['prompts']} prompts, {config['reference']} others for the means; bands and brackets: 95 % bootstrap "
-        "over prompts; grey italics: the interval holds 0",
+        f"n = {config['prompts']} prompts, {config['reference']} others for the means; bands and brackets: 95 % "
+        "bootstrap over prompts; grey italics: the interval holds 0",
         fontsize=7.5,
         color="0.35",
     )

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -107,7 +107,7 @@ def resolve(config: Config) -> TrainConfig:
     """The recipe that a command line asks for: the named one, with the given flags put in."""
     from hooks.errors import BadArgument
     from interp.arguments import named_values
-    from interp.recipe import from_dict, read
+    from interp.recipe import TrainConfig, from_dict, read
 
     values: dict[str, Any] = {}
     if config.recipe is not None:
@@ -120,16 +120,14 @@ def resolve(config: Config) -> TrainConfig:
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if config.precision is None and launched != "no":
         values["precision"] = launched
-    for name in (
-        "task model steps batch_size learning_rates search_steps warmup floor weight_decay "
-        "grad_clip curriculum seed save_every eval_every precision"
-    ).split():
-        given = getattr(config, name)
-        if given is not None and given != ():
-            values[name] = given
-    for name in ("task_config", "model_config"):
-        given = named_values(name.replace("_", "-"), getattr(config, name))
-        values[name] = {**values.get(name, {}), **given}
+    nested = ("task_config", "model_config")
+    for field in fields(TrainConfig):
+        given = getattr(config, field.name, None)
+        if field.name in nested:
+            options = named_values(field.name.replace("_", "-"), given or ())
+            values[field.name] = {**values.get(field.name, {}), **options}
+        elif given not in (None, ()):
+            values[field.name] = given
     recipe = from_dict(values, config.recipe or "the command line")
     if config.quick:
         fewer = {name: max(20, getattr(recipe, name) // 100) for name in ("steps", "search_steps")}

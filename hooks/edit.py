@@ -56,7 +56,8 @@ class Edit:
             region = region.index_select(axis, index.to(tensor.device))
         new = _conform(self.change(region, tensor, site), region, site, self.label)
         result = tensor.clone()
-        result[(slice(None), *torch.meshgrid(*picks, indexing="ij"))] = new
+        place: Any = (slice(None), *torch.meshgrid(*picks, indexing="ij"))
+        result[place] = new
         return result
 
     def positions(self, length: int, site: str) -> list[int]:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from transformer_lens import ActivationCache, HookedRootModule
 from transformer_lens.hook_points import HookPoint
-from transformer_lens.utilities import Slice
+from transformer_lens.utilities.slice import Slice
 
 from hooks.errors import BadArgument, DidNotFire
 from hooks.memory import check_memory
@@ -245,9 +245,10 @@ class HookedModule(HookedRootModule):
             names, incl_bwd, device, remove_batch_dim=remove_batch_dim, pos_slice=pos_slice
         )
         with self.hooks(fwd_hooks, bwd_hooks, reset_hooks_end, clear_contexts):
-            for direction, pairs in (("fwd", forward), ("bwd", backward)):
-                for name, hook in pairs:
-                    self.hook_dict[name].add_hook(hook, direction, level=self.context_level)
+            for name, hook in forward:
+                self.hook_dict[name].add_hook(hook, "fwd", level=self.context_level)
+            for name, hook in backward:
+                self.hook_dict[name].add_hook(hook, "bwd", level=self.context_level)
             output = self(*model_args, **model_kwargs)
             if incl_bwd:
                 output.backward()
@@ -272,7 +273,7 @@ class HookedModule(HookedRootModule):
         save = partial(
             _save, store=store, device=device, drop_batch=remove_batch_dim, pos_slice=Slice.unwrap(pos_slice)
         )
-        backward = [(name, partial(save, suffix="_grad")) for name in names] if incl_bwd else []
+        backward: list[tuple[str, Hook]] = [(name, partial(save, suffix="_grad")) for name in names] if incl_bwd else []
         return store, [(name, partial(save, suffix="")) for name in names], backward
 
     def add_caching_hooks(  # type: ignore[override]
@@ -285,9 +286,10 @@ class HookedModule(HookedRootModule):
     ) -> dict[str, Tensor]:
         """A dict that later runs fill; the hooks stay until ``reset_hooks()``."""
         store, forward, backward = self.get_caching_hooks(names_filter, incl_bwd, device, remove_batch_dim, cache)
-        for direction, pairs in (("fwd", forward), ("bwd", backward)):
-            for name, hook in pairs:
-                self.hook_dict[name].add_hook(hook, direction)
+        for name, hook in forward:
+            self.hook_dict[name].add_hook(hook, "fwd")
+        for name, hook in backward:
+            self.hook_dict[name].add_hook(hook, "bwd")
         return store
 
 

@@ -21,7 +21,7 @@ def show(model: Any, x: Tensor | None = None) -> str:
     blocks: dict[str, list[tuple[str, str]]] = {}
     outside: list[tuple[str | None, str]] = []
     for site in sites(model):
-        size = live.get(site.name) or tuple(
+        size: tuple[int | str, ...] = live.get(site.name) or tuple(
             axis if n is None else n for axis, n in zip(site.axes, site.shape, strict=True)
         )
         shape = "(" + ", ".join(str(n) for n in size) + ")"

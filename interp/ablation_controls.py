@@ -1,4 +1,6 @@
-"""Controls of an ablation of Δ: edits that should do nothing, that remove as much at random, or that add as much noise."""
+"""Controls of an ablation of Δ: edits that should do nothing, that remove as much at random, or that add as much
+noise.
+"""
 
 from __future__ import annotations
 
@@ -95,7 +97,8 @@ def _through_taps(x_in: Tensor, weight: Tensor, at: Tensor, *, own: bool) -> Ten
 def noise(runs: Ablation, seed: int) -> dict[str, Any]:
     """Δ times e^ε, where ε has the size that content has in log Δ of that channel and kind of token.
 
-    The same amount of variation that ``position-mean`` takes away, added on top, and without any meaning; multiplying keeps Δ > 0.
+    The same amount of variation that ``position-mean`` takes away, added on top, and without any meaning; multiplying
+    keeps Δ > 0.
     """
     made: dict[str, Any] = {}
     for name in hooks.resolve(runs.model, "*.hook_delta"):
@@ -122,7 +125,8 @@ class _Noise:
 
 
 def channel_sets(runs: Ablation, share: float, seed: int, draws: int = 5) -> dict[str, dict[str, Any]]:
-    """Mean-ablation of ``share`` of each layer's channels: those whose log Δ has most content variance, and random ones.
+    """Mean-ablation of ``share`` of each layer's channels: those whose log Δ has most content variance, and random
+    ones.
 
     ``{"most content": edits, "random 1": edits, …}``; the random sets are as large and may overlap the first.
     Raises :class:`BadArgument` for a share outside (0, 1].

@@ -44,7 +44,8 @@ class Rows:
         self._clean.append(None if clean is None else clean.double())
 
     def table(self, ks: list[int], n_boot: int = 1000) -> pd.DataFrame:
-        """``error`` and ``change`` (error − clean, paired by prompt) with 95 % intervals, at each k and as ``mean`` over k.
+        """``error`` and ``change`` (error − clean, paired by prompt) with 95 % intervals, at each k and as ``mean``
+        over k.
 
         Errors are squared and divided by the task's scale; ``n`` is the number of prompts.
         """
@@ -73,7 +74,9 @@ class Rows:
         return pd.DataFrame(rows)
 
     def arrays(self, n_boot: int = 1000) -> dict[str, np.ndarray]:
-        """The whole curves of the conditions on all layers: ``curves`` (condition, 3, n_pairs) holds mean, low, high."""
+        """The whole curves of the conditions on all layers: ``curves`` (condition, 3, n_pairs) holds mean, low,
+        high.
+        """
         chosen = [i for i, c in enumerate(self._conditions) if c.layer == "all" and c.role in ("", "both")]
         level = bootstrap(torch.stack([self._errors[i] for i in chosen], dim=1).numpy(), n_boot)
         named = [f"{c.model}|{c.signal}|{c.mode}" for c in (self._conditions[i] for i in chosen)]

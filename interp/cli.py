@@ -1,4 +1,4 @@
-"""The command contract, once for every command: flags from a dataclass, one line per error, exit codes.
+"""The command contract, once for every command: flags, one line per error, exit codes.
 
     if __name__ == "__main__":
         raise SystemExit(cli.main(sys.modules[__name__]))

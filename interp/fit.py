@@ -24,7 +24,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from hooks.errors import BadArgument, NonFinite, RunFailed
+from hooks.errors import NonFinite, RunFailed
 from interp import evaluate, recipe, resume, seeds
 from interp.recipe import TrainConfig
 from interp.tasks.base import Batch, Task
@@ -116,7 +116,7 @@ def fit(
     objective = accelerator.prepare(Objective(model, run.task))
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     file = run.folder / "resume" / f"{name}.safetensors"
-    progress = _go_on(run, file, model, optimizer)
+    progress = resume.go_on(file, accelerator, model, optimizer)
     writer = None
     if metrics is not None and accelerator.is_main_process:
         writer = resume.Metrics(metrics, keep=progress["step"])
@@ -166,7 +166,7 @@ def fit(
                 if writer is not None:
                     writer.append(row)
             if done % config.save_every == 0 or done == steps or asked:
-                _keep(run, file, model, optimizer, progress)
+                resume.keep(file, accelerator, model, optimizer, progress)
             if asked and done < steps:
                 raise RunFailed(
                     f"stopped by {run.stop.name or 'a signal'} after step {done} of {steps} "
@@ -189,7 +189,8 @@ def adamw(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     Fused: one kernel for all parameters, where the plain loop costs more than a small model's
     backward pass.
     """
-    decayed, kept = [], []
+    decayed: list[nn.Parameter] = []
+    kept: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         words = set(name.rsplit(".", 1)[-1].split("_"))
         plain = parameter.ndim < 2 or bool(words & UNDECAYED)
@@ -204,7 +205,10 @@ def adamw(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
 
 
 def training_batch(run: Run, step: int, steps: int) -> tuple[Batch, torch.Generator]:
-    """This process's share of the prompts of ``step``, at the curriculum's size, and their stream."""
+    """This process's share of the prompts of ``step``, as large as the curriculum has them.
+
+    And their stream, for what a task still has to draw.
+    """
     config, task, accelerator = run.config, run.task, run.accelerator
     generator = seeds.generator("train", config.seed, step, accelerator.process_index)
     batch = task.sample(
@@ -271,52 +275,3 @@ def _postfix(row: dict[str, Any]) -> str:
     ols = row.get(key.replace("error", "ols"))
     text = f"k={key.removeprefix('error_k')}: error {row[key]:.4f}"
     return text if ols is None else f"{text}, OLS {ols:.4f}"
-
-
-def _keep(
-    run: Run,
-    file: Path,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    progress: dict[str, Any],
-) -> None:
-    accelerator = run.accelerator
-    mine = torch.get_rng_state()
-    if accelerator.device.type == "cuda":
-        mine = torch.cat([mine, torch.cuda.get_rng_state(accelerator.device)])
-    rng = accelerator.gather(mine[None].to(accelerator.device)).cpu()
-    if accelerator.is_main_process:
-        saved = {**progress, "processes": accelerator.num_processes}
-        resume.write(file, resume.State(resume.pack(model, optimizer, rng), saved))
-    accelerator.wait_for_everyone()
-
-
-def _go_on(
-    run: Run, file: Path, model: nn.Module, optimizer: torch.optim.Optimizer
-) -> dict[str, Any]:
-    """The progress in ``file``, with model, optimizer and generator put back; else a start."""
-    if not file.exists():
-        return {"step": 0, "seconds": 0.0, "loss_sum": 0.0, "loss_count": 0}
-    accelerator = run.accelerator
-    state = resume.read(file)
-    progress = state.progress
-    if progress["processes"] != accelerator.num_processes:
-        raise BadArgument(
-            f"{run.folder} was trained by {progress['processes']} process(es) and this is "
-            f"{accelerator.num_processes}: the prompts would differ; start as many as before or "
-            "give another --out"
-        )
-    try:
-        rng = resume.unpack(state.tensors, model, optimizer)
-    except (RuntimeError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise BadArgument(
-            f"the resume file {file} is of another model: {reason}; delete it to train from step 0"
-        ) from error
-    size = torch.get_rng_state().numel()
-    mine = rng[accelerator.process_index]
-    torch.set_rng_state(mine[:size])
-    if accelerator.device.type == "cuda" and mine.numel() > size:
-        torch.cuda.set_rng_state(mine[size:], accelerator.device)
-    return {key: progress[key] for key in ("step", "seconds", "loss_sum", "loss_count")}
-

@@ -19,6 +19,7 @@ from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.colors import SymLogNorm
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8A6FB5")
 STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (6, 2, 1, 2)))
@@ -46,7 +47,9 @@ def curves(
     *,
     floor: float,
 ) -> None:
-    """Lines with interval bands on a log axis; ``lines`` is name → (mean, low, high). Below ``floor`` nothing is drawn."""
+    """Lines with interval bands on a log axis; ``lines`` is name → (mean, low, high). Below ``floor`` nothing is
+    drawn.
+    """
     for i, (name, (mean, low, high)) in enumerate(lines.items()):
         style = i % len(STYLES)
         axes.plot(
@@ -60,7 +63,9 @@ def curves(
             linewidth=1.4,
             label=name,
         )
-        axes.fill_between(x, np.maximum(low, floor), np.maximum(high, floor), color=COLOURS[style], alpha=0.18, linewidth=0)
+        axes.fill_between(
+            x, np.maximum(low, floor), np.maximum(high, floor), color=COLOURS[style], alpha=0.18, linewidth=0
+        )
     axes.set_yscale("log")
     axes.set_ylim(bottom=floor)
     seaborn.despine(ax=axes)
@@ -80,9 +85,11 @@ def heat_map(
     label: str,
     unsure: np.ndarray | None = None,
 ) -> None:
-    """Signed values on a symmetric log colour scale, each written in its cell; ``unsure`` cells (interval holds 0) in grey italics."""
+    """Signed values on a symmetric log colour scale, each written in its cell; ``unsure`` cells (interval holds 0) in
+    grey italics.
+    """
     top = float(np.nanmax(np.abs(values))) or 1.0
-    small = max(top / 1000, 1e-12)
+    small = max(top / 300, 1e-12)
     image = axes.imshow(values, cmap="PuOr_r", norm=SymLogNorm(small, vmin=-top, vmax=top), aspect="auto")
     for (i, j), value in np.ndenumerate(values):
         doubt = unsure is not None and bool(unsure[i, j])
@@ -98,10 +105,13 @@ def heat_map(
             color="white" if dark else ("0.45" if doubt else "black"),
             fontstyle="italic" if doubt else "normal",
         )
-    axes.set_xticks(range(len(columns)), columns)
+    axes.set_xticks(range(len(columns)), columns, rotation=55, ha="right", rotation_mode="anchor")
     axes.set_yticks(range(len(rows)), rows)
     axes.tick_params(length=0)
     bar = axes.figure.colorbar(image, ax=axes, fraction=0.05, pad=0.02)
+    decades = 10.0 ** np.arange(np.ceil(np.log10(small * 3)), np.floor(np.log10(top)) + 1)
+    bar.set_ticks([*-decades[::-1], 0.0, *decades])
+    bar.minorticks_off()
     bar.set_label(label)
     for spine in axes.spines.values():
         spine.set_visible(False)
@@ -117,10 +127,19 @@ def shares(
         bottom = 0.0
         for level, (share, low, high) in parts.items():
             axes.bar(
-                position, share, 0.72, bottom, color=shades[level], hatch=hatches[level], edgecolor="white", linewidth=0.5
+                position,
+                share,
+                0.72,
+                bottom,
+                color=shades[level],
+                hatch=hatches[level],
+                edgecolor="white",
+                linewidth=0.5,
             )
             if share > 0.045:
-                text = f"{share:.2f}\n[{low:.2f}, {high:.2f}]" if share > 0.09 else f"{share:.2f} [{low:.2f}, {high:.2f}]"
+                text = (
+                    f"{share:.2f}\n[{low:.2f}, {high:.2f}]" if share > 0.09 else f"{share:.2f} [{low:.2f}, {high:.2f}]"
+                )
                 axes.text(
                     position,
                     bottom + share / 2,
@@ -137,7 +156,7 @@ def shares(
     seaborn.despine(ax=axes)
     present = [level for level in levels if any(level in parts for parts in bars.values())]
     handles = [
-        pyplot.Rectangle((0, 0), 1, 1, facecolor=shades[level], hatch=hatches[level], edgecolor="white") for level in present
+        Rectangle((0, 0), 1, 1, facecolor=shades[level], hatch=hatches[level], edgecolor="white") for level in present
     ]
     axes.legend(handles[::-1], present[::-1], frameon=False, fontsize=7.5, loc="upper left", bbox_to_anchor=(1.0, 1.0))
 

@@ -12,7 +12,5 @@ from tqdm import tqdm
 @contextmanager
 def progress(total: int, name: str) -> Iterator[Callable[[], object]]:
     """A function to call after each of ``total`` pieces of work; draws after one second, on a terminal."""
-    with tqdm(
-        total=total, desc=name, delay=1.0, leave=False, file=sys.stderr, disable=not sys.stderr.isatty()
-    ) as bar:
+    with tqdm(total=total, desc=name, delay=1.0, leave=False, file=sys.stderr, disable=not sys.stderr.isatty()) as bar:
         yield bar.update

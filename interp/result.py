@@ -104,7 +104,7 @@ class Result:
 
         ``figures`` maps a file name to its bytes or to a function that writes the path it is given.
         An identical run's folder is replaced by a swap. Raises :class:`BadArgument` when ``out``
-        cannot be written, :class:`RunFailed` when the disk is full; either way what was there stays.
+        cannot be written, :class:`RunFailed` when the disk is full; what was there then stays.
         """
         config = self.config
         models = config.get("model") or "+".join(map(str, config.get("models") or ["none"]))
@@ -153,7 +153,9 @@ class Result:
         except Exception as error:
             # pandas, numpy and zipfile each have their own errors for a cut or foreign file.
             reason = " ".join(str(error).split())[:200] or type(error).__name__
-            raise BadArgument(f"the result in {folder} is damaged: {reason}; run it again") from error
+            raise BadArgument(
+                f"the result in {folder} is damaged: {reason}; run it again"
+            ) from error
 
     def to_json(self) -> str:
         """result.json: everything but the arrays' content; strict JSON, NaN is null."""

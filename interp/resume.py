@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
+from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -95,8 +96,59 @@ def read(path: Path) -> State:
         ) from error
 
 
+def keep(
+    path: Path,
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    progress: Mapping[str, Any],
+) -> None:
+    """Write where the training stands. Every process calls it; the main one writes."""
+    mine = torch.get_rng_state()
+    if accelerator.device.type == "cuda":
+        mine = torch.cat([mine, torch.cuda.get_rng_state(accelerator.device)])
+    rng = accelerator.gather(mine[None].to(accelerator.device)).cpu()
+    if accelerator.is_main_process:
+        saved = {**progress, "processes": accelerator.num_processes}
+        write(path, State(pack(model, optimizer, rng), saved))
+    accelerator.wait_for_everyone()
+
+
+def go_on(
+    path: Path, accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> dict[str, Any]:
+    """The progress in ``path``, with model, optimizer and generator put back; else a start.
+
+    Raises :class:`BadArgument` for a file that is damaged, of another model, or of another number
+    of processes.
+    """
+    if not path.exists():
+        return {"step": 0, "seconds": 0.0, "loss_sum": 0.0, "loss_count": 0}
+    state = read(path)
+    progress = state.progress
+    if progress["processes"] != accelerator.num_processes:
+        raise BadArgument(
+            f"{path} was written by {progress['processes']} process(es) and this is "
+            f"{accelerator.num_processes}: the prompts would differ; start as many as before or "
+            "give another --out"
+        )
+    try:
+        rng = unpack(state.tensors, model, optimizer)
+    except (RuntimeError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise BadArgument(
+            f"the resume file {path} is of another model: {reason}; delete it to train from step 0"
+        ) from error
+    size = torch.get_rng_state().numel()
+    mine = rng[accelerator.process_index]
+    torch.set_rng_state(mine[:size])
+    if accelerator.device.type == "cuda" and mine.numel() > size:
+        torch.cuda.set_rng_state(mine[size:], accelerator.device)
+    return {key: progress[key] for key in ("step", "seconds", "loss_sum", "loss_count")}
+
+
 def _digest(tensors: Mapping[str, Tensor]) -> str:
-    """sha256 over names, types, shapes and bytes: safetensors itself would not see a flipped bit."""
+    """sha256 over names, types, shapes and bytes: safetensors would not see a flipped bit."""
     total = hashlib.sha256()
     for name in sorted(tensors):
         value = tensors[name]

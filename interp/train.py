@@ -204,8 +204,8 @@ def _search(run: Run) -> list[dict[str, Any]]:
             score = float(validation(run)(model)[0].mean())
         except NonFinite:
             score = math.nan
-        error = score if math.isfinite(score) else None
-        done.append({"lr": rates[index], "validation_error": error})
+        kept = score if math.isfinite(score) else None
+        done.append({"lr": rates[index], "validation_error": kept})
         run.accelerator.wait_for_everyone()
         if run.accelerator.is_main_process:
             write_whole(path, strict_json(done) + "\n")

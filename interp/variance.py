@@ -1,9 +1,9 @@
 """Nested shares of a signal's variance: layer ⊃ channel ⊃ token kind ⊃ position ⊃ content.
 
-For v[l, b, t, c] (layer, prompt, position, channel) each level holds what knowing it adds to the explained variance: the mean
-per layer, then per channel in the layer, then per kind of token, then per position; content is what differs between
-prompts at the same place. By the law of total variance the shares sum to 1. The first two do not change during a
-prompt (the *static* part); shares of the rest alone are given beside them.
+For v[l, b, t, c] (layer, prompt, position, channel) each level holds what knowing it adds to the explained variance:
+the mean per layer, then per channel in the layer, then per kind of token, then per position; content is what differs
+between prompts at the same place. By the law of total variance the shares sum to 1. The first two do not change during
+a prompt (the *static* part); shares of the rest alone are given beside them.
 
 A mean over n prompts still holds a part of the content's variance: its own sampling variance, which is estimated from
 the prompts' spread at every level and moved back to content. A level without variance of its own therefore comes out
@@ -13,6 +13,7 @@ near 0 and may fall slightly below it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -27,7 +28,9 @@ STATIC = ("layer", "channel")
 
 @dataclass(frozen=True)
 class Shares:
-    """Shares by level (LEVELS), with bootstrap ends over prompts; ``moving`` are those of kind, position and content alone."""
+    """Shares by level (LEVELS), with bootstrap ends over prompts; ``moving`` are those of kind, position and content
+    alone.
+    """
 
     share: Float[np.ndarray, "5"]
     low: Float[np.ndarray, "5"]
@@ -91,10 +94,12 @@ def _level_means(mean: Float[Tensor, "draw layer pos channel"], groups: list[Ten
     return [mean.mean((1, 2, 3), True), mean.mean((2, 3), True), mean.mean(2, True), by_kind, mean]
 
 
-def _levels(mean: Float[Tensor, "draw layer pos channel"], square: Float[Tensor, "draw"], groups: list[Tensor]) -> Tensor:
+def _levels(
+    mean: Float[Tensor, "draw layer pos channel"], square: Float[Tensor, "draw"], groups: list[Tensor]
+) -> Tensor:
     """Variance added by each level (draw, 5) from the mean over prompts at each place and the mean square overall."""
     steps = _level_means(mean, groups)
-    added = [(b - a).square().mean((1, 2, 3)) for a, b in zip(steps, steps[1:], strict=False)]
+    added = [(b - a).square().mean((1, 2, 3)) for a, b in pairwise(steps)]
     return torch.stack([*added, square - mean.square().mean((1, 2, 3))], dim=1)
 
 

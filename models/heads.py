@@ -53,12 +53,12 @@ class ReadOut(nn.Module):
     d_out tokens without a bias, by the embedding table itself where ``cfg.tie_embeddings``.
     """
 
-    def __init__(self, cfg: Any, embed: nn.Module) -> None:
+    def __init__(self, cfg: Any, embed: LinearReadIn | TokenReadIn) -> None:
         super().__init__()
         self.d_out = cfg.d_out
         self.linear = nn.Linear(cfg.d_model, cfg.d_out, bias=cfg.head != "lm")
-        if cfg.head == "lm" and cfg.tie_embeddings:
-            self.linear.weight = embed.table.weight  # type: ignore[union-attr]
+        if isinstance(embed, TokenReadIn) and cfg.tie_embeddings:
+            self.linear.weight = embed.table.weight
         self.hook_out = site("head.hook_out")
 
     def forward(self, r: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_out"]:

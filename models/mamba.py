@@ -154,7 +154,7 @@ class MambaMixer(nn.Module):
         gate = emit(self.hook_gate, F.silu(z))
         gated = emit(self.hook_gated, (y + skip) * gate)
         out = emit(self.hook_out, self.out_proj(gated))
-        if not return_state:
+        if not return_state or h_last is None:
             return out, None
         seen = torch.cat([rearrange(before, "batch d_inner taps -> batch taps d_inner"), x_in], dim=1)
         conv = rearrange(seen[:, seen.shape[1] - taps :], "batch taps d_inner -> batch d_inner taps")

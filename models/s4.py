@@ -24,7 +24,7 @@ imaginary parts 0 keep it as it is, so *freeze* (decay 1, write 0) is real parts
 else 0. The same layout is the state that goes in and out.
 
 Two paths, one function. With one Δ for all tokens and nobody looking at a 4-D site the read-out
-is one causal convolution, by FFT. Where an edit makes Δ vary from token to token, or its gradient
+is one causal convolution. Where an edit makes Δ vary from token to token, or its gradient
 at each token is wanted, or a 4-D site is watched, it is the recurrence, which takes whatever
 comes out of the points.
 """

@@ -133,7 +133,8 @@ class Stack(HookedModule):
 
     def axis_sizes(self) -> dict[str, int]:
         """Size of each named axis that does not depend on the input."""
-        return {"d_model": self.cfg.d_model, "d_out": self.head.d_out, **self.blocks[0].mixer.axis_sizes()}
+        mixer: Any = self.blocks[0].mixer
+        return {"d_model": self.cfg.d_model, "d_out": self.head.d_out, **mixer.axis_sizes()}
 
     def _run(
         self, x: Tensor, state: State | None, return_state: bool, start: int | None, stop: int | None

@@ -80,13 +80,17 @@ def test_the_python_blocks_run_one_after_the_other(capsys: pytest.CaptureFixture
     for code in blocks:
         exec(compile(code, "README.md", "exec"), space)
     said = capsys.readouterr().out
-    clean, fixed = (float(number) for number in re.findall(r"(\d+\.\d+) with", said)[:1] + re.findall(r", (\d+\.\d+) with", said))
+    clean, fixed = (
+        float(number) for number in re.findall(r"(\d+\.\d+) with", said)[:1] + re.findall(r", (\d+\.\d+) with", said)
+    )
     assert fixed > clean
 
 
 @pytest.mark.end_to_end
 def test_every_shell_line_is_a_command_that_exists() -> None:
-    """make targets by a dry run; analyses by --help. (make demo and make test themselves are what sets this test up.)"""
+    """make targets by a dry run; analyses by --help. (make demo and make test themselves are what sets this test
+    up.)
+    """
     lines = [line.split("#")[0].strip() for language, code in BLOCKS if language == "sh" for line in code.splitlines()]
     lines += re.findall(r"`(python -m analyses[^`]*)`", README)
     assert len(lines) >= 4

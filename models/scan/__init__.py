@@ -130,5 +130,5 @@ def _checked(
                 raise BadArgument(f"{name} has shape {shape}; its {axis} is {size}, and {need}")
     compute = torch.float32 if family is _SINGLE else first.dtype
     # one tensor in two places stays one: delta_decay is delta_write tells the CUDA path that Δ has one role
-    cast = {id(tensor): tensor.to(compute) for tensor in operands.values() if tensor is not None}
+    cast = {id(tensor): tensor.to(compute) for tensor in operands.values() if isinstance(tensor, Tensor)}
     return [cast.get(id(tensor)) for tensor in operands.values()]

@@ -38,11 +38,14 @@ def forward(first, last, groups, x, delta_decay, delta_write, A, B, C, h0, y, h_
     delta = carray(stack(x, LANES), (LANES,))
     dwx = carray(stack(x, LANES), (LANES,))
     out = carray(stack(x, LANES), (LANES,))
+    row = carray(stack(x, LANES), (LANES,))
     zero = x.dtype.type(0)
     for unit in range(first, last):
         b = unit // groups
         group = unit % groups
-        for block in range(group * blocks // groups, (group + 1) * blocks // groups):
+        for block in range(blocks):  # from 0, so that the compiler knows that no index below is negative
+            if block * groups // blocks != group:
+                continue
             start = block * LANES
             width = min(LANES, d_inner - start)
             for j in range(LANES):
@@ -76,13 +79,14 @@ def forward(first, last, groups, x, delta_decay, delta_write, A, B, C, h0, y, h_
                             carried = decay * h[n, j]
                             if decay == zero or (h[n, j] == zero and decay == decay):
                                 carried = zero
-                            h[n, j] = carried + dwx[j] * write
-                            out[j] += h[n, j] * read
+                            row[j] = carried + dwx[j] * write
+                            out[j] += row[j] * read
                     else:
                         for j in range(LANES):
-                            new = exp(delta[j] * A[n, start + j]) * h[n, j] + dwx[j] * write
-                            h[n, j] = new
-                            out[j] += new * read
+                            row[j] = exp(delta[j] * A[n, start + j]) * h[n, j] + dwx[j] * write
+                            out[j] += row[j] * read
+                    for j in range(LANES):
+                        h[n, j] = row[j]
                 if y.size > 0:
                     for j in range(width):
                         y[b, t, start + j] = out[j]
@@ -123,11 +127,15 @@ def backward(first, last, groups, x, delta_decay, delta_write, A, B, C, h0, save
     grad = carray(stack(x, LANES), (LANES,))
     sum_delta = carray(stack(x, LANES), (LANES,))
     sum_dwx = carray(stack(x, LANES), (LANES,))
+    row = carray(stack(x, LANES), (LANES,))
+    kept = carray(stack(x, LANES), (LANES,))
     zero = x.dtype.type(0)
     for unit in range(first, last):
         b = unit // groups
         group = unit % groups
-        for block in range(group * blocks // groups, (group + 1) * blocks // groups):
+        for block in range(blocks):  # from 0, so that the compiler knows that no index below is negative
+            if block * groups // blocks != group:
+                continue
             start = block * LANES
             width = min(LANES, d_inner - start)
             for j in range(LANES):
@@ -165,13 +173,15 @@ def backward(first, last, groups, x, delta_decay, delta_write, A, B, C, h0, save
                                 carried = decay * h[s, n, j]
                                 if decay == zero or (h[s, n, j] == zero and decay == decay):
                                     carried = zero
-                                decays[s, n, j] = decay
-                                h[s + 1, n, j] = carried + dwx[j] * write
+                                kept[j] = decay
+                                row[j] = carried + dwx[j] * write
                         else:
                             for j in range(LANES):
-                                decay = exp(delta[j] * A[n, start + j])
-                                decays[s, n, j] = decay
-                                h[s + 1, n, j] = decay * h[s, n, j] + dwx[j] * write
+                                kept[j] = exp(delta[j] * A[n, start + j])
+                                row[j] = kept[j] * h[s, n, j] + dwx[j] * write
+                        for j in range(LANES):
+                            decays[s, n, j] = kept[j]
+                            h[s + 1, n, j] = row[j]
                 for t in range(end - 1, begin - 1, -1):
                     s = t - begin
                     for j in range(width):
@@ -198,13 +208,13 @@ def backward(first, last, groups, x, delta_decay, delta_write, A, B, C, h0, save
                             for j in range(LANES):
                                 lam = adjoint[n, j] + wins(grad[j], read, zero)
                                 decay = decays[s, n, j]
+                                exponent = wins(wins(lam, h[s, n, j], zero), decay, zero)
                                 sum_C += wins(grad[j], h[s + 1, n, j], zero)
                                 sum_B += wins(lam, dwx[j], zero)
                                 sum_dwx[j] += wins(lam, write, zero)
-                                exponent = wins(wins(lam, h[s, n, j], zero), decay, zero)
                                 sum_delta[j] += exponent * A[n, start + j]
-                                sum_A[n, j] += exponent * delta[j]
-                                adjoint[n, j] = wins(decay, lam, zero)
+                                row[j] = wins(decay, lam, zero)
+                                kept[j] = sum_A[n, j] + exponent * delta[j]
                         else:
                             for j in range(LANES):
                                 lam = adjoint[n, j] + grad[j] * read
@@ -214,8 +224,11 @@ def backward(first, last, groups, x, delta_decay, delta_write, A, B, C, h0, save
                                 sum_B += lam * dwx[j]
                                 sum_dwx[j] += lam * write
                                 sum_delta[j] += exponent * A[n, start + j]
-                                sum_A[n, j] += exponent * delta[j]
-                                adjoint[n, j] = carried
+                                row[j] = carried
+                                kept[j] = sum_A[n, j] + exponent * delta[j]
+                        for j in range(LANES):
+                            adjoint[n, j] = row[j]
+                            sum_A[n, j] = kept[j]
                         g_B[group, b, t, n] += sum_B
                         if C.size > 0:
                             g_C[group, b, t, n] += sum_C

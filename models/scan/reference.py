@@ -84,7 +84,7 @@ def backward(
         given = [(out, grad) for out, grad in zip(outputs, grads, strict=True) if grad is not None]
         found = torch.autograd.grad(
             [out for out, _ in given],
-            [views[k] for k in wanted],
+            [view for k in wanted if (view := views[k]) is not None],
             [grad for _, grad in given],
             create_graph=record,
             allow_unused=True,

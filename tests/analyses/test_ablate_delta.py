@@ -50,7 +50,17 @@ def result(config: ablate_delta.Config) -> Result:
 def test_table_holds_every_cell_with_interval_and_n(result: Result) -> None:
     table = result.table
     own = table[table.model == result.config["model"]]
-    modes = {"mean", "position-mean", "token-mean", "resample", "freeze:x", "freeze:y", "scale×0.5", "scale×2", "all-mean"}
+    modes = {
+        "mean",
+        "position-mean",
+        "token-mean",
+        "resample",
+        "freeze:x",
+        "freeze:y",
+        "scale×0.5",
+        "scale×2",
+        "all-mean",
+    }
     delta = own[own.signal.isin(["delta", "delta,B,C"])]
     assert set(delta["mode"]) == modes
     for mode in modes:
@@ -148,8 +158,12 @@ def test_a_card_that_says_another_error_is_seen(config: ablate_delta.Config, mon
     assert failing(config, monkeypatch, card=50.0) == {"clean error at k=4 against the card, in standard errors"}
 
 
-def test_an_identity_that_changes_something_is_seen(config: ablate_delta.Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert failing(config, monkeypatch, identity=torch.zeros(16, N_PAIRS)) == {"identity edit: largest change of an error"}
+def test_an_identity_that_changes_something_is_seen(
+    config: ablate_delta.Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert failing(config, monkeypatch, identity=torch.zeros(16, N_PAIRS)) == {
+        "identity edit: largest change of an error"
+    }
     monkeypatch.setattr(ablation_controls, "identity", lambda model: {"*.hook_C": lambda c: c * 1.01})
     assert failing(config, monkeypatch) == {"identity edit on the exposed path: largest change"}
 
@@ -158,9 +172,7 @@ def test_paths_that_disagree_are_seen(config: ablate_delta.Config, monkeypatch: 
     import models.recurrence as module
 
     right = module.scan
-    monkeypatch.setattr(
-        "models.mamba.recurrence", lambda decay, write, h0, edits=(): right(decay, write, h0) * 100
-    )
+    monkeypatch.setattr("models.mamba.recurrence", lambda decay, write, h0, edits=(): right(decay, write, h0) * 100)
     assert "fused against exposed path, relative" in failing(config, monkeypatch)
 
 
@@ -173,9 +185,7 @@ def test_predictions_that_fit_another_tasks_labels_are_seen(
         with torch.no_grad():
             return dataclasses.replace(batch, targets=task.predict(model, batch))
 
-    assert failing(config, monkeypatch, corrupt=telling) == {
-        "another task's labels: error relative to predicting zero"
-    }
+    assert failing(config, monkeypatch, corrupt=telling) == {"another task's labels: error relative to predicting zero"}
 
 
 def test_rivals_that_break_their_promise_are_seen(config: ablate_delta.Config, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,7 +207,9 @@ def test_shares_that_do_not_sum_to_one_are_seen(config: ablate_delta.Config, mon
 
 @pytest.mark.end_to_end
 def test_the_command_on_the_bundled_checkpoint(tmp_path: Path) -> None:
-    """``python -m analyses.ablate_delta --task linreg --quick``: files, table, checks; and --json with one flag wrong."""
+    """``python -m analyses.ablate_delta --task linreg --quick``: files, table, checks; and --json with one flag
+    wrong.
+    """
     command = [sys.executable, "-m", "analyses.ablate_delta", "--task", "linreg", "--quick", "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -133,7 +133,7 @@ def test_wrong_arguments_exit_2_in_one_line_and_leave_nothing(
 
 
 @pytest.mark.end_to_end
-def test_quick_trains_every_recipe_into_a_model_that_loads(
+def test_quick_trains_a_model_that_loads_with_its_card(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -252,7 +252,9 @@ def test_ctrl_c_is_one_line_and_exit_1() -> None:
 
 def test_the_list_reads_docstrings_without_importing(tmp_path: Path) -> None:
     (tmp_path / "_private.py").write_text('"""Not a question."""')
-    (tmp_path / "broken.py").write_text('"""Is it listed?\n\nCost       1 s\n"""\nimport nothing_\n')
+    (tmp_path / "broken.py").write_text(
+        '"""Is it listed?\n\nCost       1 s\n"""\nimport nothing_\n'
+    )
     (tmp_path / "long.py").write_text(
         '"""What is long?\n\nNot shown  much\nCost       a minute on 2 cores;\n'
         '           --quick less\n\nAnd more.\n"""\n'

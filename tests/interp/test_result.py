@@ -22,7 +22,7 @@ from interp.result import Check, Result
 def make(seed: int = 0, **config: Any) -> Result:
     table = pd.DataFrame(
         {
-            "mode": ["mean", "None", "NA", "a, \"b\"\n"],
+            "mode": ["mean", "None", "NA", 'a, "b"\n'],
             "k": [0, 5, 10, 20],
             "error": [0.1, float("nan"), float("inf"), 1e-300],
             "single": np.array([0.1, 1 / 3, -0.0, 2.5], dtype=np.float32),

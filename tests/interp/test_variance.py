@@ -13,7 +13,9 @@ KINDS = torch.arange(10) % 2
 
 
 def planted(sizes: dict[str, float], n: int, seed: int = 0) -> torch.Tensor:
-    """A signal (4 layers, n, 10 positions, 200 channels) whose levels have these standard deviations, centred within each level."""
+    """A signal (4 layers, n, 10 positions, 200 channels) whose levels have these standard deviations, centred within
+    each level.
+    """
     g = torch.Generator().manual_seed(seed)
 
     def level(*shape: int) -> torch.Tensor:
@@ -24,7 +26,7 @@ def planted(sizes: dict[str, float], n: int, seed: int = 0) -> torch.Tensor:
     kind = level(4, 1, 2, 200)[:, :, KINDS]
     position = level(4, 1, 10, 200)
     for k in (0, 1):
-        position[:, :, KINDS == k] -= position[:, :, KINDS == k].mean(2, keepdim=True)
+        position[:, :, k == KINDS] -= position[:, :, k == KINDS].mean(2, keepdim=True)
     parts = {
         "layer": layer - layer.mean(),
         "channel": channel - channel.mean(3, keepdim=True),

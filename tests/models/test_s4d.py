@@ -17,8 +17,11 @@ import models
 from hooks.errors import BadArgument
 from hooks.sites import sites
 from models.s4 import S4DMixer, pair, pair_scan, unpair
+from models.scan.convolution import DIRECT
 
 MIXER = "blocks.0.mixer."
+LONG = DIRECT + 3
+"""A length that is convolved by FFT."""
 
 
 def small(n_layers: int = 2, dtype: torch.dtype = torch.float64, **config: int) -> models.Stack:
@@ -81,7 +84,7 @@ def exposed_record(model: models.Stack, x: Tensor) -> hooks.Record:
 
 @pytest.mark.definition
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 2e-5)])
-@pytest.mark.parametrize("length", [1, 2, 7, 33])
+@pytest.mark.parametrize("length", [1, 2, 33, LONG])
 def test_paths_agree(length: int, dtype: torch.dtype, tolerance: float) -> None:
     model, x = small(dtype=dtype), prompts(length, dtype=dtype)
     assert_close(model(x), recurred(model, x), rtol=tolerance, atol=tolerance)
@@ -250,7 +253,7 @@ def test_sites_fire_in_the_order_listed_and_have_the_listed_shapes() -> None:
 def test_sites_of_the_fast_path_are_contiguous() -> None:
     model, seen = small(), []
     model.run_with_hooks(
-        prompts(5),
+        prompts(LONG),
         fwd_hooks=[("*.hook_y", lambda tensor, hook: seen.append(tensor.is_contiguous()))],
     )
     assert seen == [True, True]

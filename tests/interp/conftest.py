@@ -1,0 +1,28 @@
+"""Fixtures for the tests that train."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def quick_disk() -> Iterator[None]:
+    """No fsync: it guards against a power cut, which no test makes, and takes most of the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory, quick_disk: None) -> Path:
+    """The folder of a training that nothing interrupted."""
+    # Not above: this file is loaded before the import hook that checks shapes is in place.
+    from tests.interp import tiny
+
+    out = tmp_path_factory.mktemp("unbroken")
+    tiny.go(out)
+    return out
