@@ -133,9 +133,7 @@ def process_state() -> dict[str, Any]:
 
 def changes(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     """One line for each entry that differs."""
-    return [
-        f"{name}: {before[name]} → {after[name]}" for name in before if before[name] != after[name]
-    ]
+    return [f"{name}: {before[name]} → {after[name]}" for name in before if before[name] != after[name]]
 
 
 @pytest.fixture(autouse=True)

@@ -25,9 +25,8 @@ RUN_TIME = [Requirement(line) for line in PROJECT["dependencies"]]
 TEST = [Requirement(line) for line in PROJECT["optional-dependencies"]["test"]]
 EXTRAS = [Requirement(r) for lines in PROJECT["optional-dependencies"].values() for r in lines]
 
-MODULE_OF = {
-    "scikit-learn": "sklearn"
-}  # where the module is not the distribution's name with _ for -
+MODULE_OF = {"scikit-learn": "sklearn"}  # where the module is not the distribution's name with _ for -
+NOT_YET = {"scikit-learn"}  # so far the tests' independent estimators; interp/ with the first probe
 BROUGHT_ALONG = {"matplotlib"}  # by seaborn, whose figures are matplotlib's
 
 
@@ -80,9 +79,7 @@ def third_party(files: list[Source]) -> dict[str, str]:
 def uncommented(text: str) -> list[str]:
     """Requirement lines of a pyproject that do not say who needs them."""
     lines = [line.strip() for line in text.splitlines()]
-    return [
-        line for line in lines if re.match(r'"[a-z0-9-]+>=[^"]*",', line) and "  # " not in line
-    ]
+    return [line for line in lines if re.match(r'"[a-z0-9-]+>=[^"]*",', line) and "  # " not in line]
 
 
 PINS = pins((ROOT / "constraints.txt").read_text(encoding="utf-8"))
@@ -103,9 +100,7 @@ def test_pins_that_disagree_are_found() -> None:
     ]
 
 
-@pytest.mark.parametrize(
-    "line", ["numpy>=2", "torch==2.13.0+cpu", "-e .", "a @ file:///b", "numpy==2.0\nNumPy==2.1"]
-)
+@pytest.mark.parametrize("line", ["numpy>=2", "torch==2.13.0+cpu", "-e .", "a @ file:///b", "numpy==2.0\nNumPy==2.1"])
 def test_a_constraint_is_a_plain_exact_version(line: str) -> None:
     with pytest.raises(ValueError, match=r"constraints\.txt:\d: "):
         pins(line)
@@ -124,14 +119,12 @@ def test_what_is_imported_is_declared() -> None:
 
 def test_what_is_declared_is_imported() -> None:
     used = third_party(sources())
-    idle = [r.name for r in RUN_TIME if module_of(r.name) not in used]
-    assert not idle, f"in pyproject.toml and imported nowhere: {idle}"
+    idle = {r.name for r in RUN_TIME if module_of(r.name) not in used}
+    assert idle == NOT_YET, "in pyproject.toml and imported nowhere, or imported and in NOT_YET"
 
 
 def test_an_undeclared_import_is_found() -> None:
-    file = Source(
-        "models/a.py", "import torch.nn as nn\nimport os\nimport models\nfrom foo.bar import b"
-    )
+    file = Source("models/a.py", "import torch.nn as nn\nimport os\nimport models\nfrom foo.bar import b")
     assert third_party([file]) == {
         "torch": "models/a.py:1: torch.nn",
         "foo": "models/a.py:4: foo.bar",

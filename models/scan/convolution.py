@@ -9,6 +9,8 @@ With h_t = decay ⊙ h_{t−1} + write x_t from h = 0 and y_t = Σ_n read[n] h_t
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from einops import rearrange
 from jaxtyping import Float, Inexact
@@ -75,8 +77,20 @@ def _direct(x: Float[Tensor, "batch pos channels"], kernel: Float[Tensor, "chann
     """Product with the lower-triangular Toeplitz matrix T[t, s] = kernel[t − s]: a window sliding over the taps."""
     windows = F.pad(kernel, (kernel.shape[1] - 1, 0)).unfold(1, kernel.shape[1], 1)
     toeplitz = rearrange(windows.flip(2), "channels t s -> channels s t")
-    y = torch.bmm(rearrange(x, "batch s channels -> channels batch s"), toeplitz)
-    return rearrange(y, "channels batch t -> batch t channels").contiguous()
+    y = torch.bmm(rearrange(x, "batch s channels -> channels batch s").contiguous(), toeplitz)
+    return rearrange(_OneGradient.apply(y), "channels batch t -> batch t channels").contiguous()
+
+
+class _OneGradient(torch.autograd.Function):
+    """The identity; its gradient comes back contiguous. A batched product copies a strided operand channel by channel."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor) -> Tensor:
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.contiguous()
 
 
 def _by_fft(x: Float[Tensor, "batch pos channels"], kernel: Float[Tensor, "channels pos"]) -> Tensor:

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.scan import reference
+from models.scan import pages, reference
 
 _IMPORTING_PROCESS = os.getpid()
 _UNITS = 64  # into how many a short batch is cut: enough for many threads, and partial sums stay small
@@ -80,7 +80,7 @@ class _SelectiveScan(torch.autograd.Function):
 class _SelectiveStates(torch.autograd.Function):
     @staticmethod
     def forward(x, delta_decay, delta_write, A, B, h0, keep):  # type: ignore[no-untyped-def]
-        states = torch.empty((*x.shape, A.shape[1]), dtype=x.dtype)
+        states = pages.empty((*x.shape, A.shape[1]), x.dtype)
         kernel = _Selective(x, delta_decay, delta_write, A, B, None, h0)
         _, saved = kernel.forward(keep=keep, states=states)
         return states, saved
@@ -181,7 +181,7 @@ class _Scan(torch.autograd.Function):
     def forward(decay: Tensor, write: Tensor, h0: Tensor | None) -> Tensor:
         from models.scan import kernels
 
-        states = torch.empty(write.shape, dtype=write.dtype)
+        states = pages.empty(tuple(write.shape), write.dtype)
         arrays = (_lanes(tensor, 2) for tensor in (decay, write))
         _run_scan(kernels.scan_forward, (*arrays, _lanes(h0, 1, write), _lanes(states, 2)))
         return states
@@ -197,7 +197,7 @@ class _Scan(torch.autograd.Function):
         decay, write, h0, states = ctx.saved_tensors
         if torch.is_grad_enabled():
             return _by_definition(ctx, reference.scan, (decay, write, h0), (grad,))
-        g_decay, g_write = (torch.empty(write.shape, dtype=write.dtype) for _ in range(2))
+        g_decay, g_write = (pages.empty(tuple(write.shape), write.dtype) for _ in range(2))
         g_h0 = torch.empty((write.shape[0], *write.shape[2:]), dtype=write.dtype)
         given = (_lanes(decay, 2), _lanes(h0, 1, write), _lanes(states, 2), _lanes(grad, 2))
         _run_scan(

@@ -181,6 +181,7 @@ def backward(first, last, groups, x, delta_decay, delta_write, A, B, C, h0, save
                                 row[j] = kept[j] * h[s, n, j] + dwx[j] * write
                         for j in range(LANES):
                             decays[s, n, j] = kept[j]
+                        for j in range(LANES):
                             h[s + 1, n, j] = row[j]
                 for t in range(end - 1, begin - 1, -1):
                     s = t - begin
@@ -228,6 +229,7 @@ def backward(first, last, groups, x, delta_decay, delta_write, A, B, C, h0, save
                                 kept[j] = sum_A[n, j] + exponent * delta[j]
                         for j in range(LANES):
                             adjoint[n, j] = row[j]
+                        for j in range(LANES):
                             sum_A[n, j] = kept[j]
                         g_B[group, b, t, n] += sum_B
                         if C.size > 0:

@@ -33,7 +33,7 @@ import models
 from interp.provenance import versions
 from models.pretrained import _torch_functions
 from models.scan import scan, selective_scan, selective_states
-from tests.benchmarks.timing import HEADING, LEGEND, Row, Run, alone, fresh_memory, medians, save
+from tests.benchmarks.timing import HEADING, LEGEND, Row, Run, alone, medians, page_faults, save
 
 Kept = Mapping[str, Tensor]
 Side = Callable[[Tensor], tuple[Tensor, Kept]]
@@ -200,9 +200,9 @@ def measure(size: Size, repetitions: int) -> tuple[dict[str, Any], list[Row]]:
             assert_same(what, prompt)
             pair = medians({"rival": partial(what.rival, prompt), "ours": partial(what.ours, prompt)}, repetitions)
             parts = medians(layer.parts(prompt, what), repetitions)
-            fresh = fresh_memory(partial(what.rival, prompt)), fresh_memory(partial(what.ours, prompt))
+            faults = page_faults(partial(what.rival, prompt)), page_faults(partial(what.ours, prompt))
         names = (what.name, what.rival_name, prompt.shape[1])
-        rows.append(Row(*names, pair["rival"], pair["ours"], what.asked, parts, *fresh))
+        rows.append(Row(*names, pair["rival"], pair["ours"], what.asked, parts, *faults))
     return configuration(layer, size, tokens, repetitions), rows
 
 
@@ -240,7 +240,7 @@ def size() -> Iterator[Size]:
 @pytest.mark.benchmark
 def test_one_layer_beside_other_implementations(size: Size, request: pytest.FixtureRequest) -> None:
     start = time.perf_counter()
-    described, rows = measure(size, repetitions=9)
+    described, rows = measure(size, repetitions=7)
     described["shape checks"] = "off" if request.config.getoption("--no-shape-checks") else "on, which slows ours"
     print("", *(f"{what}: {how}" for what, how in described.items()), "", HEADING, *rows, LEGEND, sep="\n")
     assert [row.asked for row in rows if row.asked is not None] == [3.5, 2.5, 12.0] and len(rows) == 8

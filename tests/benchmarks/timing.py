@@ -22,18 +22,18 @@ Run = Callable[[], object]
 
 HEADING = (
     f"{'row':<34} {'rival':<22} {'L':>5} {'rival ms':>9} {'ours ms':>8} {'ratio':>6} {'asked':>6} {'':<8} "
-    f"{'ceiling':>7} {'fresh MB':>10}  what bounds ours: each part alone, ms"
+    f"{'ceiling':>7} {'faults':>11}  what bounds ours: each part alone, ms"
 )
 LEGEND = (
-    "products: the four projections alone, the floor; ceiling: the ratio if nothing else were left of ours; "
-    "rest: norms, convolution, activations, hooks, checks for NaN, first touches of memory;\n"
-    "fresh: memory that one run of the rival / of ours touches for the first time (page faults, about 1 ms for 4 MB)"
+    "products: the four projections alone, the floor; ceiling: the ratio if nothing else were left of ours;\n"
+    "rest: norms, convolution, activations, hooks, checks for NaN; "
+    "faults: page faults of one run, rival / ours: each hands out and clears fresh memory, which takes some µs"
 )
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: medians in ms, the parts of our run, each timed alone, and fresh memory in MB."""
+    """One line of the table: medians in ms, the parts of our run, each timed alone, and page faults."""
 
     name: str
     rival: str
@@ -42,8 +42,8 @@ class Row:
     ours_ms: float
     asked: float | None
     parts_ms: dict[str, float]
-    rival_fresh: float
-    ours_fresh: float
+    rival_faults: int
+    ours_faults: int
 
     @property
     def ratio(self) -> float:
@@ -70,8 +70,8 @@ class Row:
         times = f"{self.rival_ms:9.1f} {self.ours_ms:8.1f} {self.ratio:6.2f}"
         asked = "" if self.asked is None else f"{self.asked:g}"
         left = f"{self.name:<34} {self.rival:<22} {self.length:>5} {times} {asked:>6} {self.verdict:<8}"
-        fresh = f"{self.rival_fresh:.0f} / {self.ours_fresh:.0f}"
-        return f"{left} {self.ceiling:7.1f} {fresh:>10}  {bound}"
+        faults = f"{self.rival_faults} / {self.ours_faults}"
+        return f"{left} {self.ceiling:7.1f} {faults:>11}  {bound}"
 
 
 def medians(runs: Mapping[str, Run], repetitions: int) -> dict[str, float]:
@@ -100,13 +100,13 @@ def collector_off() -> Iterator[None]:
             gc.enable()
 
 
-def fresh_memory(run: Run) -> float:
-    """Megabytes that ``run`` touches for the first time: what the system must hand out and clear, one page at a time."""
+def page_faults(run: Run) -> int:
+    """How many pages of memory ``run`` touches for the first time."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     result = run()
-    pages = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     del result
-    return pages * resource.getpagesize() / 1e6
+    return after - before
 
 
 def alone(function: Callable[..., tuple[Tensor, ...]], operands: list[Tensor], backward: bool) -> Run:

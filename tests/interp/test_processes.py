@@ -1,58 +1,149 @@
-"""Training in several processes and in mixed precision, as ``accelerate launch`` starts it."""
+"""Training in several processes and in mixed precision."""
 
 from __future__ import annotations
 
+import dataclasses
+import multiprocessing
 import os
+import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
-from tests.interp.tiny import metrics, same, weights
+from hooks.errors import BadArgument
+from interp import resume
+from interp.fit import training_batch
+from interp.recipe import TrainConfig
+from tests.interp.tiny import CONFIG, SEARCH, go, kill_at_call, metrics, same, weights
 
 ROOT = Path(__file__).resolve().parents[2]
-pytestmark = [pytest.mark.contract, pytest.mark.slow]
+pytestmark = [pytest.mark.contract, pytest.mark.usefixtures("quick_disk")]
 
 
-SCRIPT = """
-import dataclasses, sys
-from pathlib import Path
-sys.path.insert(0, {root!r})
-from tests.interp import tiny
-config = dataclasses.replace(tiny.SEARCH, precision={precision!r})
-print(tiny.go(Path({out!r}), config).card["processes"])
-"""
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
 
 
-def launch(tmp_path: Path, name: str, processes: int, precision: str = "fp32") -> Path:
-    script = tmp_path / f"{name}.py"
-    out = tmp_path / name
-    script.write_text(SCRIPT.format(root=str(ROOT), out=str(out), precision=precision))
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu"]
-    if processes > 1:
-        command += ["--num_processes", str(processes), "--main_process_port", "0"]
-    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    done = subprocess.run(
-        [*command, str(script)],
-        capture_output=True, text=True, timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert str(processes) in done.stdout
+def together(count: int, body: Callable[[], object]) -> list[int | None]:
+    """Run ``body`` in ``count`` forked processes that see each other, as a launcher starts them.
+
+    Forked and not launched, because each launched process would load torch again.
+    """
+    port = free_port()
+
+    def one(rank: int) -> None:
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_PORT": port}
+        os.environ.update({name: str(value) for name, value in place.items()})
+        os.environ.update({"MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "true"})
+        AcceleratorState._reset_state(reset_partial_state=True)
+        body()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=one, args=(rank,)) for rank in range(count)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(300)
+        if process.is_alive():
+            process.kill()
+            process.join()
+    return [process.exitcode for process in processes]
+
+
+def trained(out: Path, config: TrainConfig = CONFIG, count: int = 2) -> Path:
+    assert together(count, lambda: go(out, config)) == [0] * count
     return out
 
 
 def test_two_processes_share_a_batch_and_write_once(tmp_path: Path) -> None:
-    two, again = launch(tmp_path, "two", 2), launch(tmp_path, "again", 2)
+    two, again = trained(tmp_path / "two", SEARCH), trained(tmp_path / "again", SEARCH)
     assert same(weights(two), weights(again))
     assert [row["step"] for row in metrics(two)] == [3, 6, 9, 12]
-    one = launch(tmp_path, "one", 1)
+    assert go(two, SEARCH).card["processes"] == 2
+    one = trained(tmp_path / "one", SEARCH, count=1)
     assert not same(weights(one), weights(two))  # other prompts: each process draws its own
 
 
-def test_mixed_precision_trains(tmp_path: Path) -> None:
-    mixed, full = launch(tmp_path, "mixed", 1, "bf16"), launch(tmp_path, "full", 1)
+def test_each_process_draws_its_own_share_of_the_prompts(tmp_path: Path) -> None:
+    from interp import fit
+
+    def body() -> None:
+        def noted(run: fit.Run, step: int, steps: int) -> object:
+            batch = training_batch(run, step, steps)
+            file = tmp_path / f"{run.accelerator.process_index}-{step}"
+            file.write_text(repr(batch[0].tokens.tolist()))
+            return batch
+
+        fit.training_batch = noted  # type: ignore[assignment]
+        go(tmp_path / "run")
+
+    assert together(2, body) == [0, 0]
+    shares = [(tmp_path / f"{rank}-3").read_text() for rank in range(2)]
+    assert shares[0] != shares[1]
+
+
+def test_two_processes_killed_go_on_as_two(tmp_path: Path) -> None:
+    def body() -> None:
+        kill_at_call(resume, "keep", 2, before=True)
+        go(tmp_path / "broken")
+
+    assert together(2, body) != [0, 0]
+    state = resume.read(tmp_path / "broken" / "resume" / "state.safetensors")
+    assert state.progress["step"] == 4
+    assert state.tensors["rng"].shape[0] == 2
+    with pytest.raises(BadArgument, match="start as many as before"):
+        go(tmp_path / "broken")
+    trained(tmp_path / "broken")
+    trained(tmp_path / "whole")
+    assert same(weights(tmp_path / "broken"), weights(tmp_path / "whole"))
+
+
+def test_a_batch_that_cannot_be_shared_equally_is_refused(tmp_path: Path) -> None:
+    def body() -> None:
+        with pytest.raises(BadArgument, match="cannot be shared equally by 2"):
+            go(tmp_path, dataclasses.replace(CONFIG, batch_size=7))
+
+    assert together(2, body) == [0, 0]
+
+
+def test_mixed_precision_changes_the_arithmetic_and_not_the_weights_type(tmp_path: Path) -> None:
+    mixed = trained(tmp_path / "mixed", dataclasses.replace(CONFIG, precision="bf16"), count=1)
+    full = trained(tmp_path / "full", count=1)
     assert not same(weights(mixed), weights(full))
-    assert all(value.dtype != torch.bfloat16 for value in weights(mixed).values())
+    assert {value.dtype for value in weights(mixed).values()} == {torch.float32, torch.int64}
+    for name, value in weights(full).items():
+        if value.is_floating_point():
+            torch.testing.assert_close(weights(mixed)[name], value, rtol=0.3, atol=0.05)
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {root!r})
+from tests.interp import tiny
+print(tiny.go(Path({out!r})).card["processes"])
+"""
+
+
+@pytest.mark.slow
+def test_accelerate_launch_starts_two_processes(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.format(root=str(ROOT), out=str(tmp_path / "launched")))
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_machines", "1"]
+    command += ["--num_processes", "2", "--main_process_port", str(free_port())]
+    command += ["--mixed_precision", "no", "--dynamo_backend", "no", str(script)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split() == ["2", "2"]
+    assert same(weights(tmp_path / "launched"), weights(trained(tmp_path / "forked")))
