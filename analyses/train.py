@@ -114,8 +114,7 @@ def resolve(config: Config) -> TrainConfig:
         values = read(_recipe_file(config.recipe)).as_dict()
     elif config.task is None or config.model is None:
         raise BadArgument(
-            "nothing to train: give --recipe NAME, or --task and --model; recipes: "
-            + ", ".join(recipes())
+            "nothing to train: give --recipe NAME, or --task and --model; recipes: " + ", ".join(recipes())
         )
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if config.precision is None and launched != "no":

@@ -120,9 +120,7 @@ def region_of(values: Tensor, pos: Index, channels: Index, site: str) -> Tensor:
     return values
 
 
-def _affine_edit(
-    label: str, m: float | Tensor, c: float | Tensor, pos: Index, channels: Index
-) -> Edit:
+def _affine_edit(label: str, m: float | Tensor, c: float | Tensor, pos: Index, channels: Index) -> Edit:
     def change(region: Tensor, whole: Tensor, site: str) -> Tensor:
         return affine_map(region, m, c)
 
@@ -252,7 +250,9 @@ def mean(
         return region_of(new, pos, channels, site)
 
     def unbound(region: Tensor, whole: Tensor, site: str) -> Tensor:
-        raise BadArgument(f"{label} has reference prompts, which hooks.edit runs: use it there, or give a record of them")
+        raise BadArgument(
+            f"{label} has reference prompts, which hooks.edit runs: use it there, or give a record of them"
+        )
 
     if isinstance(reference, Tensor):
         return Edit(label, unbound, None, pos, channels, prompts=reference, bind=of)
@@ -281,7 +281,9 @@ def resample(
         if site not in values:
             raise BadArgument(f"resample(source=…) holds no {site}: record the sites that are edited")
         if shape is not None and tuple(values[site].shape) != shape:
-            raise BadArgument(f"resample() at {site}: the source's is {tuple(values[site].shape)}, this run's is {shape}")
+            raise BadArgument(
+                f"resample() at {site}: the source's is {tuple(values[site].shape)}, this run's is {shape}"
+            )
         return 0.0, region_of(values[site], pos, channels, site)
 
     def change(region: Tensor, whole: Tensor, site: str) -> Tensor:
@@ -330,7 +332,9 @@ class DoState:
         return {f"blocks.{layer}.mixer.hook_state": self.edit for layer in layers}
 
 
-def do_state(layer: int | Sequence[int], pos: int | Sequence[int], value: Tensor | float, channels: Index = None) -> DoState:
+def do_state(
+    layer: int | Sequence[int], pos: int | Sequence[int], value: Tensor | float, channels: Index = None
+) -> DoState:
     """do(h_t := value): exactly decay_t := 0 and write_t := value, so everything after t follows from it.
 
     ``value`` broadcasts to (batch, len(pos), d_inner, d_state). Doing it twice is doing it once.
@@ -348,7 +352,9 @@ def as_edit(given: Any, site: str) -> Edit:
             raise BadArgument(f"{name} for {site} is a function that makes an edit: call it, {name}(…)")
         # A copy, so that a function that writes into what it is given changes this site and nothing that shares memory.
         return Edit(name, lambda region, whole, at: given(region.clone()))
-    raise BadArgument(f"the edit for {site} is {type(given).__name__}: give hooks.zero(), hooks.scale(…) … or a function")
+    raise BadArgument(
+        f"the edit for {site} is {type(given).__name__}: give hooks.zero(), hooks.scale(…) … or a function"
+    )
 
 
 _MAKERS = (zero, scale, add, set_to, mean, resample, freeze, do_state)

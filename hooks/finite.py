@@ -21,13 +21,21 @@ def check_input(x: Tensor) -> None:
 
 def check_weights(model: Any) -> None:
     """Raise :class:`NonFinite` with the name of the first parameter that holds NaN or inf."""
-    stamp = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters()]
-    if getattr(model, "_finite_stamp", None) == stamp:
+    stamp = _stamp(model)
+    if stamp is not None and getattr(model, "_finite_stamp", None) == stamp:
         return
     for name, parameter in model.named_parameters():
         if not _finite(parameter.detach()):
             raise NonFinite(f"the weight {name} holds {_describe(parameter.detach())}")
     model._finite_stamp = stamp
+
+
+def _stamp(model: Any) -> list[tuple[int, int]] | None:
+    """Where each weight is and how often it has been written to; None under torch.func, where neither is known."""
+    try:
+        return [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters()]
+    except RuntimeError:
+        return None
 
 
 def check_output(model: Any, output: Tensor, rerun: Any) -> None:

@@ -32,7 +32,11 @@ class Edited:
 
 @contextmanager
 def edit(
-    model: Any, edits: Edits, *, backward: Mapping[Any, Callable[[Tensor], Tensor]] | None = None, readout_only: bool = False
+    model: Any,
+    edits: Edits,
+    *,
+    backward: Mapping[Any, Callable[[Tensor], Tensor]] | None = None,
+    readout_only: bool = False,
 ) -> Iterator[Edited]:
     """Inside the block every run of ``model`` has the edits made; ``edits`` is ``{pattern: edit}`` or ``do_state(…)``.
 
@@ -48,7 +52,7 @@ def edit(
     gradients = [(name, fn) for pattern, fn in (backward or {}).items() for name in resolve(model, pattern)]
     if not plan and not gradients:
         raise BadArgument("hooks.edit was given nothing to edit")
-    states = [name for name, _ in plan if name.endswith("hook_state")]
+    states = [name for name, _ in plan if name.rsplit(".", 1)[-1] == "hook_state"]
     if readout_only and not states:
         raise BadArgument("readout_only=True is about edits of hook_state, and none is edited here")
     for name, change in plan:
@@ -130,6 +134,10 @@ def _propagate(stack: ExitStack, model: Any, name: str, change: Edit, edited: Ed
     def fired() -> None:
         edited.fired[name] += 1
 
+    if not hasattr(point, "interrupts"):
+        raise BadArgument(
+            f"{name} of this model is not ours to propagate: readout_only=True changes what is read there"
+        )
     entry = StateEdit(change, name, getattr(point, "parts", 1), fired)
     point.interrupts.append(entry)
 

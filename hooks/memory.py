@@ -46,7 +46,7 @@ def check_memory(model: Any, tokens: Tensor, names: Sequence[str], max_memory: i
     if total > limit:
         big = {"hook_decay", "hook_write", "hook_state"}
         small = sum(size for name, size in sizes.items() if name.rsplit(".", 1)[-1] not in big)
-        if small < total and small <= limit:
+        if 0 < small < total and small <= limit:
             advice = f"without hook_decay, hook_write and hook_state it is {_human(small)}"
         else:
             advice = "ask for fewer sites, fewer prompts or a shorter input"

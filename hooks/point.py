@@ -62,7 +62,9 @@ def emit(point: nn.Module, value: Tensor, *, shared: bool = False) -> Tensor:
         return value
     name = getattr(point, "name", None) or "a hook point"
     if not isinstance(out, Tensor):
-        raise BadArgument(f"the edit of {name} returned {type(out).__name__}: return a tensor like the one it was given")
+        raise BadArgument(
+            f"the edit of {name} returned {type(out).__name__}: return a tensor like the one it was given"
+        )
     if out.device != value.device:
         raise BadArgument(f"the edit of {name} returned a tensor on {out.device}, the model is on {value.device}")
     if out.ndim != value.ndim or any(a not in (1, b) for a, b in zip(out.shape, value.shape, strict=True)):
@@ -305,7 +307,14 @@ class _Group:
 
 
 def _save(
-    tensor: Tensor, hook: HookPoint, *, store: dict[str, Tensor], suffix: str, device: Any, drop_batch: bool, pos_slice: Slice
+    tensor: Tensor,
+    hook: HookPoint,
+    *,
+    store: dict[str, Tensor],
+    suffix: str,
+    device: Any,
+    drop_batch: bool,
+    pos_slice: Slice,
 ) -> None:
     value = tensor.detach().to(device)
     if hook.pos_dim is not None:

@@ -27,7 +27,9 @@ class Record(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         found = [name] if name in self._values else resolve(_Names(self._values), name, "recorded site")
         if len(found) > 1:
-            raise BadArgument(f'"{name}" matches {len(found)} recorded sites, {found[0]} first: take one, or .stack("{name}")')
+            raise BadArgument(
+                f'"{name}" matches {len(found)} recorded sites, {found[0]} first: take one, or .stack("{name}")'
+            )
         return self._values[found[0]]
 
     def __contains__(self, name: object) -> bool:

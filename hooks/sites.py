@@ -62,7 +62,9 @@ SITES: dict[str, Kind] = {
     "hook_state_init": Kind(("batch", "d_inner", "d_state"), "h_0", "real", "zero unless given"),
     "hook_decay": Kind(_FULL, "ā = exp(Δ_decay A)", "(0, 1]", "what survives of the past"),
     "hook_write": Kind(_FULL, "w = B̄ x", "real", "Mamba: Δ_write B x (Euler); S4D: (e^{ΔA} − 1)/A x (ZOH)"),
-    "hook_state": Kind(_FULL, "h_t = ā_t h_{t−1} + w_t", "real", "hooks.edit propagates; a raw hook changes one read-out"),
+    "hook_state": Kind(
+        _FULL, "h_t = ā_t h_{t−1} + w_t", "real", "hooks.edit propagates; a raw hook changes one read-out"
+    ),
     "hook_y": Kind(_INNER, "C h"),
     "hook_skip": Kind(_INNER, "D x"),
     "hook_gate": Kind(_INNER, "SiLU(z)", ">= -0.28", "the output gate"),

@@ -22,19 +22,25 @@ def nnsight(model: Any) -> Any:
         """NNsight with the two batching methods: rows of an input, and how inputs are joined."""
 
         def _batch_size(self, *inputs: Any, **kwargs: Any) -> int:
-            return int(inputs[0].shape[0]) if inputs else 0
+            given = inputs[0] if inputs else kwargs.get("x")
+            return 0 if given is None else int(given.shape[0])
 
         def _batch(self, invokes: list[Any], fn: Any) -> Any:
             if len(invokes) < 2:
                 return invokes[0] if invokes else ((), {})
-            (_, keywords), *others = invokes
-            tensors = [value for _, given in invokes for value in given.values() if not _plain(value)]
-            if tensors or any(given != keywords for _, given in others) or any(len(inputs) > 1 for inputs, _ in invokes):
-                raise BadArgument("the invokes of one trace differ in their input only: no state, the same plain keywords")
-            lengths = {tuple(inputs[0].shape[1:]) for inputs, _ in invokes}
+            tensors, keywords = [], []
+            for inputs, given in invokes:
+                others = {name: value for name, value in given.items() if name != "x"}
+                tensors.append(inputs[0] if inputs else given["x"])
+                keywords.append(others)
+                if len(inputs) > 1 or others != keywords[0] or not all(map(_plain, others.values())):
+                    raise BadArgument(
+                        "the invokes of one trace differ in their input only: no state, the same plain keywords"
+                    )
+            lengths = sorted({tuple(tensor.shape[1:]) for tensor in tensors})
             if len(lengths) > 1:
-                raise BadArgument(f"the inputs of one trace have the same length; here there are {sorted(lengths)}")
-            return (torch.cat([inputs[0] for inputs, _ in invokes]),), keywords
+                raise BadArgument(f"the inputs of one trace have the same length; here there are {lengths}")
+            return (torch.cat(tensors),), keywords[0]
 
     return BatchedNNsight(model)
 

@@ -75,8 +75,9 @@ def modes_of(task: Task, scales: Iterable[float]) -> list[str]:
 def cells_of(
     model: Any, task: Task, scales: Iterable[float], modes: Sequence[str] = (), layers: Sequence[int] = ()
 ) -> list[Cell]:
-    """The cells of a Δ ablation: each mode in all layers, in each of ``layers``, and by role; then B, C and the gate.
+    """The cells of a Δ ablation: each mode in all layers, in each of ``layers`` alone, and in all layers by role.
 
+    Then the same modes on B, C and the output gate in all layers, and ``mean`` in each layer alone.
     ``modes`` and ``layers`` pick from what there is; empty means all. Signals that the model lacks are left out.
     Raises :class:`BadArgument` for a mode or a layer that there is not.
     """
@@ -95,13 +96,12 @@ def cells_of(
         signal = "delta,B,C" if mode == ALL_MEAN else "delta"
         if has(model, signal):
             plain = "mean" if mode == ALL_MEAN else mode
-            cells += [Cell(plain, signal, role, place) for role in ROLES for place in places]
+            cells += [Cell(plain, signal, "both", place) for place in places]
+            cells += [Cell(plain, signal, role) for role in ROLES if role != "both"]
     for signal in ("B", "C", "gate"):
         if has(model, signal):
             for mode in (m for m in chosen if m != ALL_MEAN):
-                # Alone by layer only where the comparison with Δ is drawn.
-                where = places if mode in ("mean", "resample") else [None]
-                cells += [Cell(mode, signal, "both", place) for place in where]
+                cells += [Cell(mode, signal, "both", place) for place in (places if mode == "mean" else [None])]
     return cells
 
 

@@ -31,10 +31,7 @@ def whole_number(name: str, value: object, least: int, most: int | None = None) 
     A bool is refused although Python counts it as an int: ``d=True`` is a slip, not one dimension.
     """
     inside = (
-        isinstance(value, int)
-        and not isinstance(value, bool)
-        and value >= least
-        and (most is None or value <= most)
+        isinstance(value, int) and not isinstance(value, bool) and value >= least and (most is None or value <= most)
     )
     if not inside:
         bound = f"at least {least}" if most is None else f"from {least} to {most}"

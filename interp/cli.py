@@ -68,9 +68,7 @@ def main(module: ModuleType, argv: Sequence[str] | None = None) -> int:
     return DONE
 
 
-def parse(
-    config: type[ConfigT], argv: Sequence[str] | None, *, prog: str, description: str = ""
-) -> ConfigT:
+def parse(config: type[ConfigT], argv: Sequence[str] | None, *, prog: str, description: str = "") -> ConfigT:
     """``config`` filled from ``argv``; ``--help`` prints and raises SystemExit(0).
 
     The library draws a box of several lines around a mistake; it is caught and said in one.

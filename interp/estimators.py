@@ -146,9 +146,7 @@ def averaging_weights(
     return (xty / count[:, None]).to(y)
 
 
-def _least_squares(
-    x: Float[Tensor, "batch k d"], y: Float[Tensor, "batch k 1"]
-) -> Float[Tensor, "batch d 1"]:
+def _least_squares(x: Float[Tensor, "batch k d"], y: Float[Tensor, "batch k 1"]) -> Float[Tensor, "batch d 1"]:
     """The minimum-norm w that minimises |x w - y|².
 
     With full rank: w = R⁻¹ Qᵀ y from x = Q R if k ≥ d, and w = Q R⁻ᵀ y from xᵀ = Q R if k < d.

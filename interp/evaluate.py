@@ -70,10 +70,7 @@ def summary(
     asked = [whole_number("k", k, 0, task.n_pairs - 1) for k in ks]
     error = errors(model, task, n=n, seed=seed).double()
     spread = error.std(dim=0) / math.sqrt(n)
-    return {
-        k: {"error": float(error[:, k].mean()), "standard_error": float(spread[k]), "n": n}
-        for k in asked
-    }
+    return {k: {"error": float(error[:, k].mean()), "standard_error": float(spread[k]), "n": n} for k in asked}
 
 
 @contextmanager

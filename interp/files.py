@@ -92,9 +92,7 @@ def writable_folder(folder: Path) -> Path:
             pass
     except OSError as error:
         reason = error.strerror or str(error)
-        raise BadArgument(
-            f"cannot write into {folder}: {reason}; give another folder with --out"
-        ) from error
+        raise BadArgument(f"cannot write into {folder}: {reason}; give another folder with --out") from error
     return folder
 
 

@@ -169,8 +169,7 @@ def fit(
                 resume.keep(file, accelerator, model, optimizer, progress)
             if asked and done < steps:
                 raise RunFailed(
-                    f"stopped by {run.stop.name or 'a signal'} after step {done} of {steps} "
-                    f"({label}); {run.again}"
+                    f"stopped by {run.stop.name or 'a signal'} after step {done} of {steps} ({label}); {run.again}"
                 )
     return model, progress["seconds"]
 
@@ -199,9 +198,7 @@ def adamw(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
         {"params": decayed, "weight_decay": config.weight_decay},
         {"params": kept, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=0.0, betas=config.betas, fused=True
-    )
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0, betas=config.betas, fused=True)
 
 
 def training_batch(run: Run, step: int, steps: int) -> tuple[Batch, torch.Generator]:
@@ -226,9 +223,7 @@ Errors = Float[Tensor, " n_pairs"]
 def validation(run: Run) -> Callable[[nn.Module], tuple[Errors, dict[str, Errors]]]:
     """A function model → (its error at each k, the baselines'), on one fixed batch of prompts."""
     batch = evaluate.prompts(run.task, VALIDATION_PROMPTS, run.config.seed, "validation")
-    rivals = {
-        name: loss.mean(0) / run.task.scale for name, loss in run.task.baselines(batch).items()
-    }
+    rivals = {name: loss.mean(0) / run.task.scale for name, loss in run.task.baselines(batch).items()}
 
     def measure(model: nn.Module) -> tuple[Errors, dict[str, Errors]]:
         with run.accelerator.autocast():

@@ -71,9 +71,7 @@ class Result:
         object.__setattr__(self, "checks", tuple(self.checks))
         for column, kind in self.table.dtypes.items():
             if not (_NUMBERS.fullmatch(str(kind)) or _TEXT.fullmatch(str(kind))):
-                raise BadArgument(
-                    f'column "{column}" has type {kind}; give plain numbers, booleans or text'
-                )
+                raise BadArgument(f'column "{column}" has type {kind}; give plain numbers, booleans or text')
         arrays = {name: np.asarray(value) for name, value in self.arrays.items()}
         for name, value in arrays.items():
             if value.dtype.hasobject:
@@ -130,8 +128,7 @@ class Result:
         missing = [name for name in FILES if not (folder / name).is_file()]
         if missing:
             raise BadArgument(
-                f"{folder} holds no result: {', '.join(missing)} is not there; give a folder that "
-                "an analysis wrote"
+                f"{folder} holds no result: {', '.join(missing)} is not there; give a folder that an analysis wrote"
             )
         try:
             head = json.loads((folder / "result.json").read_text())
@@ -145,17 +142,12 @@ class Result:
                 arrays = {name: stored[name] for name in stored.files}
             if sorted(arrays) != sorted(head["arrays"]):
                 raise ValueError("arrays.npz holds other arrays than result.json says")
-            checks = [
-                Check(c["name"], _number(c["value"]), _number(c["bound"]), bool(c["ok"]))
-                for c in head["checks"]
-            ]
+            checks = [Check(c["name"], _number(c["value"]), _number(c["bound"]), bool(c["ok"])) for c in head["checks"]]
             return Result(head["config"], table, arrays, checks, head["provenance"], folder)
         except Exception as error:
             # pandas, numpy and zipfile each have their own errors for a cut or foreign file.
             reason = " ".join(str(error).split())[:200] or type(error).__name__
-            raise BadArgument(
-                f"the result in {folder} is damaged: {reason}; run it again"
-            ) from error
+            raise BadArgument(f"the result in {folder} is damaged: {reason}; run it again") from error
 
     def to_json(self) -> str:
         """result.json: everything but the arrays' content; strict JSON, NaN is null."""
@@ -169,8 +161,7 @@ class Result:
             "rows": len(self.table),
             "table": [dict(zip(self.table.columns, row, strict=True)) for row in _rows(self.table)],
             "arrays": {
-                name: {"shape": list(value.shape), "dtype": str(value.dtype)}
-                for name, value in self.arrays.items()
+                name: {"shape": list(value.shape), "dtype": str(value.dtype)} for name, value in self.arrays.items()
             },
         }
         return strict_json(head, indent=2)
@@ -212,10 +203,7 @@ def _typed(table: pd.DataFrame, columns: Mapping[str, str], rows: int) -> pd.Dat
 
 def _rows(table: pd.DataFrame) -> list[list[Any]]:
     """The rows as Python values; a missing one is None."""
-    return [
-        [None if _missing(value) else value for value in row]
-        for row in table.itertuples(index=False, name=None)
-    ]
+    return [[None if _missing(value) else value for value in row] for row in table.itertuples(index=False, name=None)]
 
 
 def _missing(value: Any) -> bool:

@@ -141,9 +141,10 @@ def go_on(
         ) from error
     size = torch.get_rng_state().numel()
     mine = rng[accelerator.process_index]
-    torch.set_rng_state(mine[:size])
+    # Copies: torch reads a state from the start of its storage, whatever the view's offset.
+    torch.set_rng_state(mine[:size].clone())
     if accelerator.device.type == "cuda" and mine.numel() > size:
-        torch.cuda.set_rng_state(mine[size:], accelerator.device)
+        torch.cuda.set_rng_state(mine[size:].clone(), accelerator.device)
     return {key: progress[key] for key in ("step", "seconds", "loss_sum", "loss_count")}
 
 

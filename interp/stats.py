@@ -83,9 +83,7 @@ def paired_difference(
     return bootstrap(one - other, n_boot=n_boot, level=level, seed=seed)
 
 
-def ratio(
-    first: Values, second: Values, n_boot: int = 1000, level: float = 0.95, seed: int = 0
-) -> Interval:
+def ratio(first: Values, second: Values, n_boot: int = 1000, level: float = 0.95, seed: int = 0) -> Interval:
     """Interval of mean(first) / mean(second), the prompts of both resampled together.
 
     The ratio of means, not the mean of ratios: one prompt with an error near zero in the
@@ -181,9 +179,7 @@ def _prompts(values: Any) -> NDArray[np.float64]:
         values = values.detach().cpu().double().numpy()
     data = np.asarray(values, dtype=np.float64)
     if data.ndim == 0 or len(data) < 2:
-        raise BadArgument(
-            f"values of shape {data.shape} have no spread over prompts; give two or more on axis 0"
-        )
+        raise BadArgument(f"values of shape {data.shape} have no spread over prompts; give two or more on axis 0")
     bad = data.size - int(np.isfinite(data).sum())
     if bad:
         raise NonFinite(f"{bad} of {data.size} values are NaN or inf; find them before averaging")
@@ -239,9 +235,7 @@ def _all_signs(n: int) -> Iterator[NDArray[np.float64]]:
         yield (2 * ((pattern >> np.arange(n)) & 1) - 1).astype(np.float64)
 
 
-def _interval(
-    estimate: NDArray[np.float64], draws: NDArray[np.float64], n: int, level: float
-) -> Interval:
+def _interval(estimate: NDArray[np.float64], draws: NDArray[np.float64], n: int, level: float) -> Interval:
     """The central ``level`` of the draws, in the shape of the estimate."""
     if not 0 < level < 1:
         raise BadArgument(f"level={level!r} does not work; give a coverage between 0 and 1")

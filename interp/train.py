@@ -135,8 +135,7 @@ def _accelerator(config: TrainConfig, device: str) -> Accelerator:
     accelerator = Accelerator(cpu=wanted.type == "cpu", mixed_precision=mixed)
     if accelerator.device.type != wanted.type:
         raise BadArgument(
-            f"accelerate has chosen {accelerator.device.type}, not {device}; try --device "
-            f"{accelerator.device.type}"
+            f"accelerate has chosen {accelerator.device.type}, not {device}; try --device {accelerator.device.type}"
         )
     if config.batch_size % accelerator.num_processes:
         raise BadArgument(
@@ -162,8 +161,7 @@ def _same_recipe(config: TrainConfig, folder: Path) -> None:
         differs = recipe.difference(config, recipe.read(path))
         if differs:
             raise BadArgument(
-                f"{folder} holds another training ({differs}); give another --out, or the recipe "
-                f"in {path}"
+                f"{folder} holds another training ({differs}); give another --out, or the recipe in {path}"
             )
     elif (folder / "model.safetensors").exists():
         raise BadArgument(f"{folder} holds a model of unknown recipe; give another --out")
@@ -218,9 +216,7 @@ def _search(run: Run) -> list[dict[str, Any]]:
     return done
 
 
-def _make_card(
-    run: Run, model: nn.Module, peak: float, tried: list[dict[str, Any]], seconds: float
-) -> dict[str, Any]:
+def _make_card(run: Run, model: nn.Module, peak: float, tried: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
     config, task = run.config, run.task
     if len(tried) == 1:
         tried = [{"lr": peak, "validation_error": float(validation(run)(model)[0].mean())}]

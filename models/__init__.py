@@ -102,8 +102,7 @@ def _run_file(folder: Path) -> Path:
         return file
     if (folder / "resume").exists():
         raise BadArgument(
-            f'the training in "{folder}" has not finished: the same command with the same --out '
-            "goes on with it"
+            f'the training in "{folder}" has not finished: the same command with the same --out goes on with it'
         )
     raise BadArgument(f'the folder "{folder}" holds no {RUN_FILE}, so it is no run folder')
 
@@ -132,8 +131,7 @@ def _checked(architecture: str, fields: Any, config: Mapping[str, Any]) -> dict[
         if not _fits(value, kinds[name]):
             kind = getattr(kinds[name], "__name__", None) or str(kinds[name])
             raise BadArgument(
-                f"{name}={value!r}: a {architecture} config takes {kind} there, "
-                f"not {type(value).__name__}"
+                f"{name}={value!r}: a {architecture} config takes {kind} there, not {type(value).__name__}"
             )
     return {name: float(value) if kinds[name] is float else value for name, value in config.items()}
 

@@ -121,8 +121,7 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], Header]:
     _check_finite(tensors, path)
     if _digest(tensors) != metadata["digest"]:
         raise CheckpointError(
-            f"{_shown(path)} was altered after it was saved: its tensors do not give the digest "
-            "in its header"
+            f"{_shown(path)} was altered after it was saved: its tensors do not give the digest in its header"
         )
     return tensors, header
 
@@ -158,13 +157,9 @@ def check_card(card: Mapping[str, Any]) -> None:
     for place, value in _leaves(card, "card"):
         key = place.rsplit(".", 1)[-1]
         if key.lower() in _PERSONAL:
-            raise CheckpointError(
-                f"{place} would name the machine or its user: leave it out of the card"
-            )
+            raise CheckpointError(f"{place} would name the machine or its user: leave it out of the card")
         if isinstance(value, str) and _ABSOLUTE.search(value):
-            raise CheckpointError(
-                f'{place} holds an absolute path ("{value}"): give it relative to the repository'
-            )
+            raise CheckpointError(f'{place} holds an absolute path ("{value}"): give it relative to the repository')
 
 
 def _leaves(value: Any, place: str) -> Iterator[tuple[str, Any]]:
@@ -188,13 +183,9 @@ def _bytes(path: str | os.PathLike[str]) -> bytes:
     if not data:
         raise CheckpointError(f"{_shown(path)} is empty")
     if data.startswith(b"PK\x03\x04") or (data[0] == 0x80 and data[1:2] in b"\x02\x03\x04\x05"):
-        raise CheckpointError(
-            f"{_shown(path)} is a pickle (torch.save): nothing is unpickled here; save safetensors"
-        )
+        raise CheckpointError(f"{_shown(path)} is a pickle (torch.save): nothing is unpickled here; save safetensors")
     if data.startswith(b"version https://git-lfs"):
-        raise CheckpointError(
-            f"{_shown(path)} is a Git LFS pointer, not the file itself: run `git lfs pull`"
-        )
+        raise CheckpointError(f"{_shown(path)} is a Git LFS pointer, not the file itself: run `git lfs pull`")
     return data
 
 
@@ -202,32 +193,23 @@ def _metadata(data: bytes, path: str | os.PathLike[str]) -> dict[str, str]:
     """The string metadata of a safetensors file of ours, after its length has been checked."""
     size = struct.unpack("<Q", data[:8])[0] if len(data) >= 8 else _LONGEST_HEADER + 1
     if size > _LONGEST_HEADER or data[8:9] not in (b"{", b""):
-        raise CheckpointError(
-            f"{_shown(path)} is not a safetensors file (it starts with {data[:12]!r})"
-        )
+        raise CheckpointError(f"{_shown(path)} is not a safetensors file (it starts with {data[:12]!r})")
     if len(data) < 8 + size:
-        raise CheckpointError(
-            f"{_shown(path)} is truncated: {len(data)} bytes, and its header alone has {8 + size}"
-        )
+        raise CheckpointError(f"{_shown(path)} is truncated: {len(data)} bytes, and its header alone has {8 + size}")
     try:
         header = json.loads(data[8 : 8 + size])
         metadata = header.pop("__metadata__", {})
         whole = 8 + size + max((entry["data_offsets"][1] for entry in header.values()), default=0)
     except (ValueError, AttributeError, KeyError, TypeError, IndexError) as error:
-        raise CheckpointError(
-            f"{_shown(path)} is damaged: its header is not a safetensors header"
-        ) from error
+        raise CheckpointError(f"{_shown(path)} is damaged: its header is not a safetensors header") from error
     if len(data) < whole:
         raise CheckpointError(f"{_shown(path)} is truncated: it has {len(data)} of {whole} bytes")
     if not isinstance(metadata, dict) or "format" not in metadata:
         raise CheckpointError(
-            f"{_shown(path)} was not written by this project: its header has no card and no "
-            "architecture"
+            f"{_shown(path)} was not written by this project: its header has no card and no architecture"
         )
     if metadata["format"] != FORMAT:
-        raise CheckpointError(
-            f'{_shown(path)} is of format "{metadata["format"]}"; this version reads "{FORMAT}"'
-        )
+        raise CheckpointError(f'{_shown(path)} is of format "{metadata["format"]}"; this version reads "{FORMAT}"')
     missing = [key for key in ("architecture", "config", "card", "digest") if key not in metadata]
     if missing:
         raise CheckpointError(f"{_shown(path)} is damaged: its header lacks {', '.join(missing)}")
@@ -238,13 +220,9 @@ def _json(metadata: Mapping[str, str], key: str, path: str | os.PathLike[str]) -
     try:
         value = json.loads(metadata[key])
     except ValueError as error:
-        raise CheckpointError(
-            f"{_shown(path)} is damaged: the {key} in its header is not JSON"
-        ) from error
+        raise CheckpointError(f"{_shown(path)} is damaged: the {key} in its header is not JSON") from error
     if not isinstance(value, dict):
-        raise CheckpointError(
-            f"{_shown(path)} is damaged: the {key} in its header is not a JSON object"
-        )
+        raise CheckpointError(f"{_shown(path)} is damaged: the {key} in its header is not a JSON object")
     return value
 
 
@@ -264,8 +242,7 @@ def _check_names(
     if wrong:
         more = f" (and {len(wrong) - 2} more)" if len(wrong) > 2 else ""
         raise CheckpointError(
-            f"{_shown(path)} does not fit its own {architecture} config: "
-            f"{'; '.join(wrong[:2])}{more}"
+            f"{_shown(path)} does not fit its own {architecture} config: {'; '.join(wrong[:2])}{more}"
         )
 
 
@@ -273,9 +250,7 @@ def _check_finite(tensors: Mapping[str, Tensor], path: str | os.PathLike[str]) -
     for name, value in tensors.items():
         if value.is_floating_point() and not torch.isfinite(value).all():
             kind = "NaN" if value.isnan().any() else "inf"
-            raise CheckpointError(
-                f"{_shown(path)}: {name} holds {kind}, so every output of the model would"
-            )
+            raise CheckpointError(f"{_shown(path)}: {name} holds {kind}, so every output of the model would")
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:
@@ -298,9 +273,7 @@ def _write_whole(target: Path, data: bytes) -> None:
         _sync_folder(target.parent)
     except OSError as error:
         kind = RunFailed if error.errno in _DISK else CheckpointError
-        raise kind(
-            f"{_shown(target)} could not be written: {error.strerror}; nothing was changed"
-        ) from error
+        raise kind(f"{_shown(target)} could not be written: {error.strerror}; nothing was changed") from error
     finally:
         temporary.unlink(missing_ok=True)
 

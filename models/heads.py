@@ -49,8 +49,8 @@ def read_in(cfg: Any) -> LinearReadIn | TokenReadIn:
 class ReadOut(nn.Module):
     """Linear map of the normalised residual stream to the prediction at every position.
 
-    regression: values (batch, pos, d_out), with a bias; classification: logits of d_out classes, with a bias; lm: logits of
-    d_out tokens without a bias, by the embedding table itself where ``cfg.tie_embeddings``.
+    regression: values (batch, pos, d_out), with a bias; classification: logits of d_out classes, with a bias; lm:
+    logits of d_out tokens without a bias, by the embedding table itself where ``cfg.tie_embeddings``.
     """
 
     def __init__(self, cfg: Any, embed: LinearReadIn | TokenReadIn) -> None:

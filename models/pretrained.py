@@ -70,25 +70,17 @@ def from_hugging_face(module: nn.Module) -> Mamba:
     name = type(module).__name__
     if not isinstance(module, MambaForCausalLM | MambaModel):
         kind = getattr(getattr(module, "config", None), "model_type", "")
-        raise CheckpointError(
-            f"a {name} is not converted: {_WHY_NOT.get(kind, 'it is not a Mamba-1 language model')}"
-        )
+        raise CheckpointError(f"a {name} is not converted: {_WHY_NOT.get(kind, 'it is not a Mamba-1 language model')}")
     config: Any = module.config
     if config.hidden_act not in ("silu", "swish"):
-        raise CheckpointError(
-            f'this {name} is not converted: its activation is "{config.hidden_act}", Mamba has SiLU'
-        )
+        raise CheckpointError(f'this {name} is not converted: its activation is "{config.hidden_act}", Mamba has SiLU')
     low, high = getattr(config, "time_step_limit", None) or (0.0, float("inf"))
     if low > 0 or high < float("inf"):
-        raise CheckpointError(
-            f"this {name} is not converted: it clamps Δ to ({low}, {high}), Mamba does not"
-        )
+        raise CheckpointError(f"this {name} is not converted: it clamps Δ to ({low}, {high}), Mamba does not")
     devices = {parameter.device for parameter in module.parameters()}
     if len(devices) != 1 or torch.device("meta") in devices:
         where = ", ".join(sorted(str(device) for device in devices))
-        raise CheckpointError(
-            f"this {name} is not converted: its weights are on {where}; put them on one device"
-        )
+        raise CheckpointError(f"this {name} is not converted: its weights are on {where}; put them on one device")
     model = from_state_dict(module.state_dict(), norm_eps=config.layer_norm_epsilon)
     difference = _compare(model, module)
     model.card = {
@@ -131,10 +123,7 @@ def to_hugging_face(model: nn.Module) -> Any:
         module = MambaForCausalLM(config)
     own = next(ours.parameters())
     module = module.to(device=own.device, dtype=own.dtype).eval()
-    values = {
-        name.replace("embedding.", "embeddings."): value
-        for name, value in to_state_dict(ours).items()
-    }
+    values = {name.replace("embedding.", "embeddings."): value for name, value in to_state_dict(ours).items()}
     module.load_state_dict(values)
     _compare(ours, module)
     return module
@@ -166,20 +155,15 @@ def from_state_dict(tensors: Mapping[str, Tensor], *, norm_eps: float = 1e-5) ->
         name, value = given.pop(wanted)
         if value.shape != target.shape:
             raise CheckpointError(
-                f"{name} has shape {tuple(value.shape)}, by the other tensors it is "
-                f"{tuple(target.shape)}"
+                f"{name} has shape {tuple(value.shape)}, by the other tensors it is {tuple(target.shape)}"
             )
         if not value.is_floating_point():
-            raise CheckpointError(
-                f"{name} holds {value.dtype}: quantised weights are not converted"
-            )
+            raise CheckpointError(f"{name} holds {value.dtype}: quantised weights are not converted")
         if not torch.isfinite(value).all():
             raise CheckpointError(f"{name} holds NaN or inf")
         target.data = value.detach().to(torch.promote_types(value.dtype, torch.float32), copy=True)
     if given:
-        raise CheckpointError(
-            f"the state dict has {next(iter(given.values()))[0]}, which a Mamba-1 does not have"
-        )
+        raise CheckpointError(f"the state dict has {next(iter(given.values()))[0]}, which a Mamba-1 does not have")
     return model.eval()
 
 
@@ -192,10 +176,7 @@ def to_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 def _language_model(model: Any) -> Mamba:
     if not isinstance(model, Mamba):
-        raise BadArgument(
-            f"a {type(model).__name__} has no counterpart in mamba_ssm or transformers: "
-            "only Mamba has"
-        )
+        raise BadArgument(f"a {type(model).__name__} has no counterpart in mamba_ssm or transformers: only Mamba has")
     if model.cfg.head != "lm" or not model.cfg.selective:
         what = f'head="{model.cfg.head}"' if model.cfg.head != "lm" else "selective=False"
         raise BadArgument(
@@ -218,11 +199,7 @@ def _ours(name: str) -> str:
 
 def _theirs(name: str) -> str:
     found = _OUR_BLOCK.fullmatch(name)
-    return (
-        f"backbone.layers.{found[1]}.{found[2]}"
-        if found
-        else {ours: name for name, ours in _FIXED.items()}[name]
-    )
+    return f"backbone.layers.{found[1]}.{found[2]}" if found else {ours: name for name, ours in _FIXED.items()}[name]
 
 
 def _config(named: Mapping[str, Tensor], norm_eps: float) -> MambaConfig:
@@ -232,18 +209,14 @@ def _config(named: Mapping[str, Tensor], norm_eps: float) -> MambaConfig:
         if name not in named:
             raise CheckpointError(f"the state dict lacks {name}: it is no Mamba-1 language model")
         if named[name].ndim != axes:
-            raise CheckpointError(
-                f"{name} has shape {tuple(named[name].shape)}, a Mamba-1 has {axes} axes there"
-            )
+            raise CheckpointError(f"{name} has shape {tuple(named[name].shape)}, a Mamba-1 has {axes} axes there")
         return named[name].shape
 
     first = "backbone.layers.0.mixer."
     vocabulary, d_model = shape(_EMBEDDING, 2)
     d_inner, d_state = shape(f"{first}A_log", 2)
     if d_inner % d_model:
-        raise CheckpointError(
-            f"{d_inner} channels are no multiple of d_model={d_model}: expand must be an integer"
-        )
+        raise CheckpointError(f"{d_inner} channels are no multiple of d_model={d_model}: expand must be an integer")
     embedding, head = named[_EMBEDDING], named.get("lm_head.weight")
     return MambaConfig(
         d_model=d_model,
@@ -290,9 +263,7 @@ def _logits(module: Any, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "bat
     finally:
         for part, mode in modes:
             part.training = mode
-    return (
-        out.logits if hasattr(out, "logits") else out.last_hidden_state @ module.embeddings.weight.T
-    )
+    return out.logits if hasattr(out, "logits") else out.last_hidden_state @ module.embeddings.weight.T
 
 
 @contextmanager
@@ -313,11 +284,7 @@ def _torch_functions(module: nn.Module) -> Iterator[None]:
         "mamba_selective_state_update",
     )
     on_cpu = next(module.parameters()).device.type == "cpu"
-    saved = {
-        name: getattr(modeling_mamba, name)
-        for name in names
-        if on_cpu and hasattr(modeling_mamba, name)
-    }
+    saved = {name: getattr(modeling_mamba, name) for name in names if on_cpu and hasattr(modeling_mamba, name)}
     try:
         for name, function in saved.items():
             setattr(modeling_mamba, name, inspect.unwrap(function))

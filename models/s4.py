@@ -76,9 +76,7 @@ class S4DConfig:
             if getattr(self, name) < 1:
                 raise BadArgument(f"{name}={getattr(self, name)}: it must be at least 1")
         if not 0 < self.dt_min <= self.dt_max < math.inf:
-            raise BadArgument(
-                f"dt_min={self.dt_min}, dt_max={self.dt_max}: it must be 0 < dt_min ≤ dt_max"
-            )
+            raise BadArgument(f"dt_min={self.dt_min}, dt_max={self.dt_max}: it must be 0 < dt_min ≤ dt_max")
 
 
 class S4DMixer(nn.Module):
@@ -99,9 +97,7 @@ class S4DMixer(nn.Module):
         self.A_imag = nn.Parameter(math.pi * torch.arange(n).float().repeat(width, 1))
         # Real and imaginary part on the last axis, as in the published state dict: optimizers
         # then see real numbers.
-        self.C = nn.Parameter(
-            torch.view_as_real(torch.randn(width, n, dtype=torch.complex64)).contiguous()
-        )
+        self.C = nn.Parameter(torch.view_as_real(torch.randn(width, n, dtype=torch.complex64)).contiguous())
         self.D = nn.Parameter(torch.randn(width))
         self.hook_state_init = site("hook_state_init", parts=2)
         self.hook_decay, self.hook_write = site("hook_decay", parts=2), site("hook_write", parts=2)
@@ -125,9 +121,7 @@ class S4DMixer(nn.Module):
         out = emit(self.hook_out, F.glu(self.out_proj(F.gelu(y + skip)), dim=-1))
         return out, None if h_last is None or not return_state else LayerState(None, h_last)
 
-    def _scan(
-        self, x: Inner, given: Tensor | None, return_state: bool
-    ) -> tuple[Inner, Pair | None]:
+    def _scan(self, x: Inner, given: Tensor | None, return_state: bool) -> tuple[Inner, Pair | None]:
         """2 Re(C h) (batch, pos, d_inner) and, where it is asked for, the last state."""
         # Asked before the first of the three fires, so that an edit of any of them is seen in time.
         looked_at = watched(self.hook_delta, self.hook_delta_decay, self.hook_delta_write)
@@ -152,11 +146,14 @@ class S4DMixer(nn.Module):
         write = emit(self.hook_write, write * x[..., None])
         states = recurrence(decay, write, h0, state_edits(self.hook_state), run=pair_scan)
         # What is returned as state is h itself; a raw hook on hook_state changes one read-out and
-        # no more, also where it writes in place: the scan keeps its own result for its backward.
-        read = emit(self.hook_state, states, shared=True)
-        # 2 Re(C h) = 2 (Re C Re h − Im C Im h).
+        # no more, also where it writes in place: autograd keeps the states for the scan's backward.
+        h_last = states[:, -1].clone()
+        read = emit(self.hook_state, states, shared=states.requires_grad)
+        # 2 Re(C h) = 2 (Re C Re h − Im C Im h); in at least fp32 under autocast too.
         C = 2 * pair(self._C(x.dtype).conj())
-        return (read * C).sum(-1), states[:, -1]
+        with torch.autocast(read.device.type, enabled=False):
+            y = einsum(read, C, "batch pos d_inner n, d_inner n -> batch pos d_inner")
+        return y, h_last
 
     def _convolve(
         self, x: Inner, decay: Weights, write: Weights, h0: Pair | None, return_state: bool
@@ -176,9 +173,7 @@ class S4DMixer(nn.Module):
             h_last = einsum(response, x.to(C.dtype), "d n pos, batch pos d -> batch d n")
         if h0 is not None:
             start = unpair(h0)
-            left = einsum(
-                2 * C[..., None] * powers[..., 1:], start, "d n pos, batch d n -> batch pos d"
-            )
+            left = einsum(2 * C[..., None] * powers[..., 1:], start, "d n pos, batch d n -> batch pos d")
             y = y + left.real
             h_last = None if h_last is None else h_last + powers[..., length] * start
         return y, None if h_last is None else pair(h_last)
@@ -194,9 +189,7 @@ class S4DMixer(nn.Module):
                 return None
             given = like.new_zeros(shape)
         if tuple(given.shape) != shape:
-            raise BadArgument(
-                f"the state's h has shape {tuple(given.shape)}, this model and batch need {shape}"
-            )
+            raise BadArgument(f"the state's h has shape {tuple(given.shape)}, this model and batch need {shape}")
         return emit(self.hook_state_init, given.to(like), shared=True)
 
 
@@ -238,9 +231,7 @@ def _zero_order_hold(delta: Tensor, A: Tensor) -> Tensor:
     real = torch.expm1(rate) * torch.cos(angle) - 2 * torch.sin(angle / 2) ** 2
     imag = torch.exp(rate) * torch.sin(angle)
     inverse = A / (A**2).sum(0)  # 1/A = conj(A)/|A|²
-    return torch.cat(
-        [real * inverse[0] + imag * inverse[1], imag * inverse[0] - real * inverse[1]], dim=-1
-    )
+    return torch.cat([real * inverse[0] + imag * inverse[1], imag * inverse[0] - real * inverse[1]], dim=-1)
 
 
 def pair(z: Complex[Tensor, "*shape n"]) -> Float[Tensor, "*shape re_im"]:

@@ -119,6 +119,8 @@ class Stack(HookedModule):
         self.runs += 1
         self.last_stop = stop_at_layer
         start, stop = self._layer(start_at_layer, "start_at_layer"), self._layer(stop_at_layer, "stop_at_layer")
+        if start is not None and stop is not None and start > stop:
+            raise BadArgument(f"start_at_layer={start_at_layer} is after stop_at_layer={stop_at_layer}")
         self._check(x, state, start)
         check_input(x)
         check_weights(self)

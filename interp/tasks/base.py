@@ -140,9 +140,7 @@ class Task(Protocol):
         """The model's prediction of every example; no gradient is switched off here."""
         ...
 
-    def training_loss(
-        self, model: Model, batch: Batch, generator: torch.Generator
-    ) -> Float[Tensor, "batch n_read"]:
+    def training_loss(self, model: Model, batch: Batch, generator: torch.Generator) -> Float[Tensor, "batch n_read"]:
         """The errors that one training step averages, out of one forward of the model.
 
         It is ``loss(predict(model, batch), batch)`` where one forward predicts every example. Where
@@ -150,9 +148,7 @@ class Task(Protocol):
         """
         ...
 
-    def loss(
-        self, prediction: Float[Tensor, "batch n_pairs"], batch: Batch
-    ) -> Float[Tensor, "batch n_pairs"]:
+    def loss(self, prediction: Float[Tensor, "batch n_pairs"], batch: Batch) -> Float[Tensor, "batch n_pairs"]:
         """The error of each example, not divided by ``scale``."""
         ...
 
@@ -165,9 +161,7 @@ class Task(Protocol):
         ...
 
 
-def outputs(
-    model: Model, tokens: Float[Tensor, "batch pos d_token"], d_out: int
-) -> Float[Tensor, "batch pos d_out"]:
+def outputs(model: Model, tokens: Float[Tensor, "batch pos d_token"], d_out: int) -> Float[Tensor, "batch pos d_out"]:
     """``model(tokens)``, once it is sure that the model fits the task.
 
     Raises ``BadArgument`` if ``model.cfg.d_in`` is not the width of a token (torch would only say
@@ -203,9 +197,7 @@ def at_each_query(
     _check_width(model, queries.shape[-1])
     n_pairs = queries.shape[1]
     if context.shape[1] < n_pairs - 1:
-        raise BadArgument(
-            f"{n_pairs} queries need {n_pairs - 1} context tokens; there are {context.shape[1]}"
-        )
+        raise BadArgument(f"{n_pairs} queries need {n_pairs - 1} context tokens; there are {context.shape[1]}")
     out: list[Tensor] = []
     if hasattr(model, "step"):
         state: Any = None

@@ -115,9 +115,7 @@ class LinearRegression:
         context, queries = batch.tokens[:, :-1], _as_query(batch.tokens)
         return at_each_query(model, context, queries, self.d_out)[..., 0]
 
-    def training_loss(
-        self, model: Model, batch: Batch, generator: torch.Generator
-    ) -> Float[Tensor, "batch n_read"]:
+    def training_loss(self, model: Model, batch: Batch, generator: torch.Generator) -> Float[Tensor, "batch n_read"]:
         """Squared errors out of one forward: of every example (interleaved), of one k (joint).
 
         Joint: k is uniform on 0 … n_pairs - 1 and the same for the whole batch, so its mean over
@@ -129,9 +127,7 @@ class LinearRegression:
         prompt = torch.cat([batch.tokens[:, :k], _as_query(batch.tokens[:, k : k + 1])], dim=1)
         return (outputs(model, prompt, self.d_out)[:, -1] - batch.targets[:, k : k + 1]) ** 2
 
-    def loss(
-        self, prediction: Float[Tensor, "batch n_pairs"], batch: Batch
-    ) -> Float[Tensor, "batch n_pairs"]:
+    def loss(self, prediction: Float[Tensor, "batch n_pairs"], batch: Batch) -> Float[Tensor, "batch n_pairs"]:
         """(prediction - y)² of each example; divided by ``scale`` it is the paper's axis."""
         if prediction.shape != batch.targets.shape:
             raise BadArgument(
@@ -156,8 +152,7 @@ class LinearRegression:
     def baselines(self, batch: Batch) -> dict[str, Float[Tensor, "batch n_pairs"]]:
         """Squared errors of the classical estimators at their defaults, and of predicting zero."""
         errors = {
-            name: self.loss(estimators.build(name)(batch), batch)
-            for name in ("ols", "ridge", "averaging", "knn")
+            name: self.loss(estimators.build(name)(batch), batch) for name in ("ols", "ridge", "averaging", "knn")
         }
         return {**errors, "zero": self.loss(torch.zeros_like(batch.targets), batch)}
 
@@ -184,9 +179,7 @@ def _as_query(pairs: Float[Tensor, "batch n d_token"]) -> Float[Tensor, "batch n
     return torch.cat([pairs[..., :-1], torch.zeros_like(pairs[..., -1:])], dim=-1)
 
 
-def _skew(
-    z: Float[Tensor, "batch n_pairs d"], generator: torch.Generator
-) -> Float[Tensor, "batch n_pairs d"]:
+def _skew(z: Float[Tensor, "batch n_pairs d"], generator: torch.Generator) -> Float[Tensor, "batch n_pairs d"]:
     """z T with T = U diag(1/i) Uᵀ sqrt(d / Σ i⁻²), one U for each prompt.
 
     U is the Q of a Gaussian matrix's QR decomposition. Its columns carry LAPACK's signs and so are

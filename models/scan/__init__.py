@@ -98,9 +98,7 @@ _SCAN = {
 }
 
 
-def _checked(
-    operands: Mapping[str, object], axes: dict[str, str], *families: tuple[torch.dtype, ...]
-) -> list[Any]:
+def _checked(operands: Mapping[str, object], axes: dict[str, str], *families: tuple[torch.dtype, ...]) -> list[Any]:
     """The operands, in one dtype to compute in, or BadArgument. The first one settles device, dtype and sizes."""
     first_name, first = next(iter(operands.items()))
     if not isinstance(first, Tensor):

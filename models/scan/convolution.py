@@ -82,7 +82,9 @@ def _direct(x: Float[Tensor, "batch pos channels"], kernel: Float[Tensor, "chann
 
 
 class _OneGradient(torch.autograd.Function):
-    """The identity; its gradient comes back contiguous. A batched product copies a strided operand channel by channel."""
+    """The identity; its gradient comes back contiguous. A batched product copies a strided operand channel by
+    channel.
+    """
 
     @staticmethod
     def forward(ctx: Any, y: Tensor) -> Tensor:

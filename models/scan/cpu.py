@@ -128,9 +128,7 @@ class _Selective:
         shared = [_array(tensor, x, 3) for tensor in (x, delta_decay, delta_write)]
         self.operands = (*shared, padded.numpy(), *(_array(tensor, x, 3) for tensor in (B, C, h0)))
 
-    def forward(
-        self, keep: bool, y: Tensor | None = None, states: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, keep: bool, y: Tensor | None = None, states: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Fill ``y`` and ``states`` where given; return the last state and, if ``keep``, those at chunk starts."""
         chunks = -(-self.length // self.kernels.CHUNK) if keep else 1
         saved = self.empty(self.batch, chunks - 1, *self.operands[3].shape)
@@ -159,9 +157,7 @@ class _Selective:
                 *(torch.zeros(self.groups, self.batch, self.length, self.d_state, dtype=self.like.dtype) for _ in "BC"),
                 self.empty(self.batch, self.d_inner, self.d_state),
             )
-            self.run(
-                self.kernels.backward, *self.operands, saved.numpy(), *grads, *(o.numpy() for o in out), guarded
-            )
+            self.run(self.kernels.backward, *self.operands, saved.numpy(), *grads, *(o.numpy() for o in out), guarded)
             if not any(torch.isnan(o.sum()) for o in out):
                 break
         g_x, g_decay, g_write, g_A, g_B, g_C, g_h0 = out
@@ -200,9 +196,7 @@ class _Scan(torch.autograd.Function):
         g_decay, g_write = (pages.empty(tuple(write.shape), write.dtype) for _ in range(2))
         g_h0 = torch.empty((write.shape[0], *write.shape[2:]), dtype=write.dtype)
         given = (_lanes(decay, 2), _lanes(h0, 1, write), _lanes(states, 2), _lanes(grad, 2))
-        _run_scan(
-            kernels.scan_backward, (*given, _lanes(g_decay, 2), _lanes(g_write, 2), _lanes(g_h0, 1))
-        )
+        _run_scan(kernels.scan_backward, (*given, _lanes(g_decay, 2), _lanes(g_write, 2), _lanes(g_h0, 1)))
         return g_decay, g_write, None if h0 is None else g_h0
 
 
@@ -241,9 +235,7 @@ def _run(kernel: Callable[..., None], units: int, groups: int, work: int, args: 
     alone = threading.current_thread() is not threading.main_thread() or os.getpid() != _IMPORTING_PROCESS
     threads = 1 if alone else min(torch.get_num_threads(), units, 1 + work // _WORTH_A_THREAD)
     cuts = [units * k // threads for k in range(threads + 1)]
-    others = [
-        _pool(threads - 1).submit(kernel, cuts[k], cuts[k + 1], groups, *args) for k in range(1, threads)
-    ]
+    others = [_pool(threads - 1).submit(kernel, cuts[k], cuts[k + 1], groups, *args) for k in range(1, threads)]
     kernel(cuts[0], cuts[1], groups, *args)
     for other in others:
         other.result()

@@ -1,17 +1,21 @@
 """Compiled loops of the selective scan and of the materialised scan, forward and backward (numba).
 
-**Layout.** A *lane block* is LANES neighbouring channels, and the innermost loop runs over its lanes: vector
-instructions for any d_state, one compilation for all of them, and a read-out whose sum over d_state is vertical.
-A block's states stay in the first-level cache as (d_state, LANES) while time runs outside, so nothing 4-D
-exists. Channels beyond d_inner in the last block are padding.
+**Layout.** A *tile* is LANES neighbouring channels by up to STATES of their states. The innermost loop runs over
+lanes: vector instructions for any d_state, one compilation for all of them, and a read-out whose sum over d_state
+is vertical. What a tile keeps lives on the stack, in the first caches, while time runs outside, so nothing 4-D
+exists. Channels beyond d_inner in the last tile are padding.
 
-**Units.** A unit is one sequence and one group of neighbouring blocks; a function takes the range of units that
+**Units.** A unit is one sequence and one group of neighbouring tiles; a function takes the range of units that
 it is to do. How many groups there are depends on shapes alone, each unit writes memory of its own, and what has
 to be summed over units is summed afterwards in a fixed order: the same bits for any number of threads.
 
 **Guarded** rows let a zero win against inf, as `reference.py` does. The plain rows are exact while nothing
 overflows and make a NaN of each such meeting, which stays in the last state (forward) and reaches a gradient
 (backward): the caller sees it there and runs the guarded ones. Optional arrays are absent when their size is 0.
+
+Two habits that look odd are for the compiler. Blocks are counted from 0 and those of other units skipped, because
+of an index that might be negative it makes a gather. And what is written in a loop over lanes is on the stack,
+where it is known to overlap with nothing; otherwise a scalar loop, whose sums round differently, may run.
 """
 
 from __future__ import annotations
@@ -22,7 +26,10 @@ from numba import carray
 from models.scan.exponential import compiled, exp, stack
 
 LANES = 32
+STATES = 16
 CHUNK = 16  # steps from one saved state to the next; the backward recomputes one chunk's states at a time
+_TILE = STATES * LANES
+_CHUNK_TILE = CHUNK * _TILE
 
 
 @compiled()
@@ -34,69 +41,66 @@ def forward(first, last, groups, x, delta_decay, delta_write, A, B, C, h0, y, h_
     length, d_inner = x.shape[1], x.shape[2]
     d_state = A.shape[0]
     blocks = A.shape[1] // LANES
-    h = np.empty((d_state, LANES), x.dtype)
+    h = carray(stack(x, _TILE), (STATES, LANES))
     delta = carray(stack(x, LANES), (LANES,))
     dwx = carray(stack(x, LANES), (LANES,))
     out = carray(stack(x, LANES), (LANES,))
-    row = carray(stack(x, LANES), (LANES,))
     zero = x.dtype.type(0)
     for unit in range(first, last):
         b = unit // groups
-        group = unit % groups
-        for block in range(blocks):  # from 0, so that the compiler knows that no index below is negative
-            if block * groups // blocks != group:
+        for block in range(blocks):
+            if block * groups // blocks != unit % groups:
                 continue
             start = block * LANES
             width = min(LANES, d_inner - start)
             for j in range(LANES):
                 delta[j] = zero
                 dwx[j] = zero
-            for n in range(d_state):
-                for j in range(LANES):
-                    h[n, j] = zero
-            if h0.size > 0:
-                for j in range(width):
-                    for n in range(d_state):
-                        h[n, j] = h0[b, start + j, n]
-            for t in range(length):
-                if saved.size > 0 and t > 0 and t % CHUNK == 0:
-                    for n in range(d_state):
-                        for j in range(LANES):
-                            saved[b, t // CHUNK - 1, n, start + j] = h[n, j]
-                for j in range(width):
-                    delta[j] = delta_decay[b, t, start + j]
-                    dwx[j] = delta_write[b, t, start + j] * x[b, t, start + j]
-                for j in range(LANES):
-                    out[j] = zero
-                for n in range(d_state):
-                    write = B[b, t, n]
-                    read = zero
-                    if C.size > 0:
-                        read = C[b, t, n]
-                    if guarded:
-                        for j in range(LANES):
-                            decay = exp(delta[j] * A[n, start + j])
-                            carried = decay * h[n, j]
-                            if decay == zero or (h[n, j] == zero and decay == decay):
-                                carried = zero
-                            row[j] = carried + dwx[j] * write
-                            out[j] += row[j] * read
-                    else:
-                        for j in range(LANES):
-                            row[j] = exp(delta[j] * A[n, start + j]) * h[n, j] + dwx[j] * write
-                            out[j] += row[j] * read
+            for n0 in range(0, d_state, STATES):
+                rows = min(STATES, d_state - n0)
+                for n in range(rows):
                     for j in range(LANES):
-                        h[n, j] = row[j]
-                if y.size > 0:
+                        h[n, j] = zero
+                if h0.size > 0:
                     for j in range(width):
-                        y[b, t, start + j] = out[j]
-                if states.size > 0:
+                        for n in range(rows):
+                            h[n, j] = h0[b, start + j, n0 + n]
+                for t in range(length):
+                    if saved.size > 0 and t > 0 and t % CHUNK == 0:
+                        for n in range(rows):
+                            for j in range(LANES):
+                                saved[b, t // CHUNK - 1, n0 + n, start + j] = h[n, j]
                     for j in range(width):
-                        for n in range(d_state):
-                            states[b, t, start + j, n] = h[n, j]
-            for j in range(width):
-                for n in range(d_state):
-                    h_last[b, start + j, n] = h[n, j]
+                        delta[j] = delta_decay[b, t, start + j]
+                        dwx[j] = delta_write[b, t, start + j] * x[b, t, start + j]
+                    for j in range(LANES):
+                        out[j] = zero
+                    for n in range(rows):
+                        write = B[b, t, n0 + n]
+                        read = C[b, t, n0 + n] if C.size > 0 else zero
+                        if guarded:
+                            for j in range(LANES):
+                                decay = exp(delta[j] * A[n0 + n, start + j])
+                                carried = decay * h[n, j]
+                                if decay == zero or (h[n, j] == zero and decay == decay):
+                                    carried = zero
+                                h[n, j] = carried + dwx[j] * write
+                                out[j] += h[n, j] * read
+                        else:
+                            for j in range(LANES):
+                                decay = exp(delta[j] * A[n0 + n, start + j])
+                                h[n, j] = decay * h[n, j] + dwx[j] * write
+                                out[j] += h[n, j] * read
+                    if y.size > 0:
+                        for j in range(width):
+                            y[b, t, start + j] = out[j] + (y[b, t, start + j] if n0 > 0 else zero)
+                    if states.size > 0:
+                        for j in range(width):
+                            for n in range(rows):
+                                states[b, t, start + j, n0 + n] = h[n, j]
+                for j in range(width):
+                    for n in range(rows):
+                        h_last[b, start + j, n0 + n] = h[n, j]
 
 
 @compiled()
@@ -112,28 +116,27 @@ def backward(first, last, groups, x, delta_decay, delta_write, A, B, C, h0, save
     With λ_t the gradient of h_t, everything that comes later included: λ_t = C_t g_y + decay_{t+1} λ_{t+1}. The
     states of a chunk are computed again from the saved one before it; dividing a decay out of the next state to
     go backwards would be unstable, and impossible at decay 0. g_A is (batch, d_state, padded d_inner), g_B and
-    g_C (groups, batch, pos, d_state), both zero on entry and summed by the caller; g_h0 is always there.
+    g_C (groups, batch, pos, d_state), the latter two zero on entry; the caller sums them over their first axis.
     """
     length, d_inner = x.shape[1], x.shape[2]
     d_state = A.shape[0]
     blocks = A.shape[1] // LANES
     chunks = (length + CHUNK - 1) // CHUNK
-    h = np.empty((CHUNK + 1, d_state, LANES), x.dtype)
-    decays = np.empty((CHUNK, d_state, LANES), x.dtype)
-    adjoint = np.empty((d_state, LANES), x.dtype)
-    sum_A = np.empty((d_state, LANES), x.dtype)
+    h = carray(stack(x, _TILE), (STATES, LANES))
+    befores = carray(stack(x, _CHUNK_TILE), (CHUNK * STATES, LANES))
+    decays = carray(stack(x, _CHUNK_TILE), (CHUNK * STATES, LANES))
+    adjoint = carray(stack(x, _TILE), (STATES, LANES))
+    sum_A = carray(stack(x, _TILE), (STATES, LANES))
     delta = carray(stack(x, LANES), (LANES,))
     dwx = carray(stack(x, LANES), (LANES,))
     grad = carray(stack(x, LANES), (LANES,))
     sum_delta = carray(stack(x, LANES), (LANES,))
     sum_dwx = carray(stack(x, LANES), (LANES,))
-    row = carray(stack(x, LANES), (LANES,))
-    kept = carray(stack(x, LANES), (LANES,))
     zero = x.dtype.type(0)
     for unit in range(first, last):
         b = unit // groups
         group = unit % groups
-        for block in range(blocks):  # from 0, so that the compiler knows that no index below is negative
+        for block in range(blocks):
             if block * groups // blocks != group:
                 continue
             start = block * LANES
@@ -142,112 +145,118 @@ def backward(first, last, groups, x, delta_decay, delta_write, A, B, C, h0, save
                 delta[j] = zero
                 dwx[j] = zero
                 grad[j] = zero
-            for n in range(d_state):
-                for j in range(LANES):
-                    adjoint[n, j] = zero
-                    sum_A[n, j] = zero
-            if g_last.size > 0:
+            for n0 in range(0, d_state, STATES):
+                rows = min(STATES, d_state - n0)
+                for n in range(rows):
+                    for j in range(LANES):
+                        adjoint[n, j] = zero
+                        sum_A[n, j] = zero
+                if g_last.size > 0:
+                    for j in range(width):
+                        for n in range(rows):
+                            adjoint[n, j] = g_last[b, start + j, n0 + n]
+                for chunk in range(chunks - 1, -1, -1):
+                    steps = min(CHUNK, length - chunk * CHUNK)
+                    for n in range(rows):
+                        for j in range(LANES):
+                            h[n, j] = saved[b, chunk - 1, n0 + n, start + j] if chunk > 0 else zero
+                    if chunk == 0 and h0.size > 0:
+                        for j in range(width):
+                            for n in range(rows):
+                                h[n, j] = h0[b, start + j, n0 + n]
+                    for s in range(steps):
+                        t = chunk * CHUNK + s
+                        for j in range(width):
+                            delta[j] = delta_decay[b, t, start + j]
+                            dwx[j] = delta_write[b, t, start + j] * x[b, t, start + j]
+                        for n in range(rows):
+                            row = s * STATES + n
+                            write = B[b, t, n0 + n]
+                            for j in range(LANES):
+                                befores[row, j] = h[n, j]
+                            if guarded:
+                                for j in range(LANES):
+                                    decay = exp(delta[j] * A[n0 + n, start + j])
+                                    carried = decay * h[n, j]
+                                    if decay == zero or (h[n, j] == zero and decay == decay):
+                                        carried = zero
+                                    decays[row, j] = decay
+                                    h[n, j] = carried + dwx[j] * write
+                            else:
+                                for j in range(LANES):
+                                    decay = exp(delta[j] * A[n0 + n, start + j])
+                                    decays[row, j] = decay
+                                    h[n, j] = decay * h[n, j] + dwx[j] * write
+                    for s in range(steps - 1, -1, -1):
+                        t = chunk * CHUNK + s
+                        for j in range(width):
+                            delta[j] = delta_decay[b, t, start + j]
+                            dwx[j] = delta_write[b, t, start + j] * x[b, t, start + j]
+                        if g_y.size > 0:
+                            for j in range(width):
+                                grad[j] = g_y[b, t, start + j]
+                        for j in range(LANES):
+                            sum_delta[j] = zero
+                            sum_dwx[j] = zero
+                        if g_states.size > 0:
+                            for j in range(width):
+                                for n in range(rows):
+                                    adjoint[n, j] += g_states[b, t, start + j, n0 + n]
+                        for n in range(rows):
+                            row = s * STATES + n
+                            write = B[b, t, n0 + n]
+                            read = C[b, t, n0 + n] if C.size > 0 else zero
+                            sum_B = zero
+                            sum_C = zero
+                            if guarded:
+                                for j in range(LANES):
+                                    lam = adjoint[n, j] + wins(grad[j], read, zero)
+                                    decay = decays[row, j]
+                                    before = befores[row, j]
+                                    carried = decay * before
+                                    if decay == zero or (before == zero and decay == decay):
+                                        carried = zero
+                                    sum_C += wins(grad[j], carried + dwx[j] * write, zero)
+                                    sum_B += wins(lam, dwx[j], zero)
+                                    sum_dwx[j] += wins(lam, write, zero)
+                                    exponent = wins(wins(lam, before, zero), decay, zero)
+                                    sum_delta[j] += exponent * A[n0 + n, start + j]
+                                    sum_A[n, j] += exponent * delta[j]
+                                    adjoint[n, j] = wins(decay, lam, zero)
+                            else:
+                                for j in range(LANES):
+                                    lam = adjoint[n, j] + grad[j] * read
+                                    carried = decays[row, j] * befores[row, j]
+                                    sum_C += grad[j] * (carried + dwx[j] * write)
+                                    sum_B += lam * dwx[j]
+                                    sum_dwx[j] += lam * write
+                                    exponent = carried * lam
+                                    sum_delta[j] += exponent * A[n0 + n, start + j]
+                                    sum_A[n, j] += exponent * delta[j]
+                                    adjoint[n, j] = decays[row, j] * lam
+                            g_B[group, b, t, n0 + n] += sum_B
+                            if C.size > 0:
+                                g_C[group, b, t, n0 + n] += sum_C
+                        for j in range(width):
+                            value, step = x[b, t, start + j], delta_write[b, t, start + j]
+                            to_step = sum_dwx[j] * value
+                            to_value = sum_dwx[j] * step
+                            if guarded:
+                                to_step = wins(sum_dwx[j], value, zero)
+                                to_value = wins(sum_dwx[j], step, zero)
+                            if n0 > 0:
+                                sum_delta[j] += g_delta_decay[b, t, start + j]
+                                to_step += g_delta_write[b, t, start + j]
+                                to_value += g_x[b, t, start + j]
+                            g_delta_decay[b, t, start + j] = sum_delta[j]
+                            g_delta_write[b, t, start + j] = to_step
+                            g_x[b, t, start + j] = to_value
+                for n in range(rows):
+                    for j in range(LANES):
+                        g_A[b, n0 + n, start + j] = sum_A[n, j]
                 for j in range(width):
-                    for n in range(d_state):
-                        adjoint[n, j] = g_last[b, start + j, n]
-            for chunk in range(chunks - 1, -1, -1):
-                begin = chunk * CHUNK
-                end = min(begin + CHUNK, length)
-                for n in range(d_state):
-                    for j in range(LANES):
-                        h[0, n, j] = saved[b, chunk - 1, n, start + j] if chunk > 0 else zero
-                if chunk == 0 and h0.size > 0:
-                    for j in range(width):
-                        for n in range(d_state):
-                            h[0, n, j] = h0[b, start + j, n]
-                for t in range(begin, end):
-                    s = t - begin
-                    for j in range(width):
-                        delta[j] = delta_decay[b, t, start + j]
-                        dwx[j] = delta_write[b, t, start + j] * x[b, t, start + j]
-                    for n in range(d_state):
-                        write = B[b, t, n]
-                        if guarded:
-                            for j in range(LANES):
-                                decay = exp(delta[j] * A[n, start + j])
-                                carried = decay * h[s, n, j]
-                                if decay == zero or (h[s, n, j] == zero and decay == decay):
-                                    carried = zero
-                                kept[j] = decay
-                                row[j] = carried + dwx[j] * write
-                        else:
-                            for j in range(LANES):
-                                kept[j] = exp(delta[j] * A[n, start + j])
-                                row[j] = kept[j] * h[s, n, j] + dwx[j] * write
-                        for j in range(LANES):
-                            decays[s, n, j] = kept[j]
-                        for j in range(LANES):
-                            h[s + 1, n, j] = row[j]
-                for t in range(end - 1, begin - 1, -1):
-                    s = t - begin
-                    for j in range(width):
-                        delta[j] = delta_decay[b, t, start + j]
-                        dwx[j] = delta_write[b, t, start + j] * x[b, t, start + j]
-                    if g_y.size > 0:
-                        for j in range(width):
-                            grad[j] = g_y[b, t, start + j]
-                    for j in range(LANES):
-                        sum_delta[j] = zero
-                        sum_dwx[j] = zero
-                    if g_states.size > 0:
-                        for j in range(width):
-                            for n in range(d_state):
-                                adjoint[n, j] += g_states[b, t, start + j, n]
-                    for n in range(d_state):
-                        write = B[b, t, n]
-                        read = zero
-                        if C.size > 0:
-                            read = C[b, t, n]
-                        sum_B = zero
-                        sum_C = zero
-                        if guarded:
-                            for j in range(LANES):
-                                lam = adjoint[n, j] + wins(grad[j], read, zero)
-                                decay = decays[s, n, j]
-                                exponent = wins(wins(lam, h[s, n, j], zero), decay, zero)
-                                sum_C += wins(grad[j], h[s + 1, n, j], zero)
-                                sum_B += wins(lam, dwx[j], zero)
-                                sum_dwx[j] += wins(lam, write, zero)
-                                sum_delta[j] += exponent * A[n, start + j]
-                                row[j] = wins(decay, lam, zero)
-                                kept[j] = sum_A[n, j] + exponent * delta[j]
-                        else:
-                            for j in range(LANES):
-                                lam = adjoint[n, j] + grad[j] * read
-                                carried = decays[s, n, j] * lam
-                                exponent = carried * h[s, n, j]
-                                sum_C += grad[j] * h[s + 1, n, j]
-                                sum_B += lam * dwx[j]
-                                sum_dwx[j] += lam * write
-                                sum_delta[j] += exponent * A[n, start + j]
-                                row[j] = carried
-                                kept[j] = sum_A[n, j] + exponent * delta[j]
-                        for j in range(LANES):
-                            adjoint[n, j] = row[j]
-                        for j in range(LANES):
-                            sum_A[n, j] = kept[j]
-                        g_B[group, b, t, n] += sum_B
-                        if C.size > 0:
-                            g_C[group, b, t, n] += sum_C
-                    for j in range(width):
-                        g_delta_decay[b, t, start + j] = sum_delta[j]
-                        if guarded:
-                            g_delta_write[b, t, start + j] = wins(sum_dwx[j], x[b, t, start + j], zero)
-                            g_x[b, t, start + j] = wins(sum_dwx[j], delta_write[b, t, start + j], zero)
-                        else:
-                            g_delta_write[b, t, start + j] = sum_dwx[j] * x[b, t, start + j]
-                            g_x[b, t, start + j] = sum_dwx[j] * delta_write[b, t, start + j]
-            for n in range(d_state):
-                for j in range(LANES):
-                    g_A[b, n, start + j] = sum_A[n, j]
-            for j in range(width):
-                for n in range(d_state):
-                    g_h0[b, start + j, n] = adjoint[n, j]
+                    for n in range(rows):
+                        g_h0[b, start + j, n0 + n] = adjoint[n, j]
 
 
 @compiled()

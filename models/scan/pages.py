@@ -1,7 +1,7 @@
 """Memory for tensors that are written once and are large: asked for in huge pages where the system has them.
 
-All states of one layer of a 130m Mamba over 512 tokens are 50 MB. In 4 kB pages their first touch is 12,000 page faults,
-which takes longer than computing them; in 2 MB pages it is 25.
+All states of one layer of a 130m Mamba over 512 tokens are 50 MB. In 4 kB pages their first touch is 12,000 page
+faults, which takes longer than computing them; in 2 MB pages it is 25.
 """
 
 from __future__ import annotations

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import hooks
 import pytest
 import torch
 from captum.attr import LayerActivation, LayerGradientXActivation, LayerIntegratedGradients
 from torch import Tensor
+
+import hooks
 
 LAYER = "blocks.1.mixer."
 SITES = ["hook_x_in", "hook_delta", "hook_B", "hook_decay", "hook_write", "hook_state", "hook_y", "hook_out"]
@@ -18,7 +19,11 @@ SITES = ["hook_x_in", "hook_delta", "hook_B", "hook_decay", "hook_write", "hook_
 @pytest.mark.hygiene
 @pytest.mark.parametrize("kind", SITES)
 def test_layer_activation_reads_the_site(
-    make: Callable[..., Any], x: Tensor, leftovers: Callable[[Any], list[str]], count_fused: Callable[[], int], kind: str
+    make: Callable[..., Any],
+    x: Tensor,
+    leftovers: Callable[[Any], list[str]],
+    count_fused: Callable[[], int],
+    kind: str,
 ) -> None:
     model = make()
     expected = hooks.record(model, x, LAYER + kind)[LAYER + kind]

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import hooks
 import pytest
 import torch
 from torch import Tensor
+
+import hooks
 
 DELTA = "blocks.1.mixer.hook_delta"
 SITES = {
@@ -113,13 +114,13 @@ def test_resample_takes_another_prompt_at_the_same_position(make: Callable[..., 
     first, second = clean
     with hooks.edit(model, {"*.hook_delta": hooks.resample(seed=3)}):
         found = hooks.record(model, x, [first, second, "blocks.1.mixer.hook_B"])
-    order = [
-        next(j for j in range(4) if torch.equal(found[first][i], clean[first][j])) for i in range(4)
-    ]
+    order = [next(j for j in range(4) if torch.equal(found[first][i], clean[first][j])) for i in range(4)]
     assert sorted(order) == [0, 1, 2, 3] and all(i != j for i, j in enumerate(order)), "a derangement"
     value = torch.randn(4, 11, 16)
     torch.testing.assert_close(hooks.resample(seed=3)(value), value[order], msg="all sites take the same prompts")
-    assert len({tuple(hooks.resample(seed=s)(torch.arange(4.0)[:, None, None]).flatten().tolist()) for s in range(30)}) > 3
+    assert (
+        len({tuple(hooks.resample(seed=s)(torch.arange(4.0)[:, None, None]).flatten().tolist()) for s in range(30)}) > 3
+    )
     for size in (2, 3, 17):
         taken = hooks.resample(seed=size)(torch.arange(float(size))[:, None, None]).flatten()
         assert bool((taken != torch.arange(float(size))).all()) and len(taken.unique()) == size
@@ -309,7 +310,10 @@ def test_bad_arguments_are_refused_before_anything_changes(
 
 @pytest.mark.edit
 def test_readout_only_is_about_states(make: Callable[..., Any]) -> None:
-    with pytest.raises(hooks.BadArgument, match="readout_only"), hooks.edit(make(), {DELTA: hooks.zero()}, readout_only=True):
+    with (
+        pytest.raises(hooks.BadArgument, match="readout_only"),
+        hooks.edit(make(), {DELTA: hooks.zero()}, readout_only=True),
+    ):
         pytest.fail("the body must not run")
 
 
@@ -324,7 +328,10 @@ def test_an_edit_that_does_not_fire_raises(
     with pytest.raises(hooks.DidNotFire, match="not run inside"), hooks.edit(model, {DELTA: hooks.zero()}):
         pass  # and not "stop_at_layer=1", which was another run
     for name in (DELTA, "blocks.1.mixer.hook_state"):
-        with pytest.raises(hooks.DidNotFire, match=rf"{name}.*stop_at_layer=1"), hooks.edit(model, {name: hooks.zero()}):
+        with (
+            pytest.raises(hooks.DidNotFire, match=rf"{name}.*stop_at_layer=1"),
+            hooks.edit(model, {name: hooks.zero()}),
+        ):
             model(x, stop_at_layer=1)
     with pytest.raises(hooks.DidNotFire, match=r"blocks\.1"), hooks.edit(model, {"*.hook_delta": hooks.zero()}):
         model(x, stop_at_layer=1)

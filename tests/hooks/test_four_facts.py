@@ -6,11 +6,12 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import hooks
 import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+import hooks
 
 LAYER = "blocks.1.mixer."
 

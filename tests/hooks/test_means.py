@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import hooks
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+
+import hooks
 
 DELTA = "blocks.1.mixer.hook_delta"
 KINDS = [0, 1] * 5 + [0]
@@ -83,7 +84,9 @@ def test_number_of_reference_prompts_is_free_and_their_length_is_not(make: Calla
 
 
 @pytest.mark.edit
-def test_reference_prompts_are_run_clean(make: Callable[..., Any], x: Tensor, leftovers: Callable[[Any], list[str]]) -> None:
+def test_reference_prompts_are_run_clean(
+    make: Callable[..., Any], x: Tensor, leftovers: Callable[[Any], list[str]]
+) -> None:
     """Neither the edits around, nor the edits beside it, nor hooks touch the reference run; they are there again after it."""
     model = make()
     others = torch.randn(6, 11, 5, dtype=x.dtype)
@@ -123,7 +126,10 @@ def test_one_reference_run_serves_all_sites(make: Callable[..., Any], x: Tensor)
     model = make()
     others = torch.randn(6, 11, 5, dtype=x.dtype)
     runs = model.runs
-    with hooks.edit(model, {"*.hook_delta": hooks.mean("batch", reference=others), "*.hook_B": hooks.mean("batch", reference=others)}):
+    with hooks.edit(
+        model,
+        {"*.hook_delta": hooks.mean("batch", reference=others), "*.hook_B": hooks.mean("batch", reference=others)},
+    ):
         assert model.runs == runs + 1
         model(x)
 
@@ -163,16 +169,23 @@ def test_bad_arguments(given: dict[str, Any], says: str) -> None:
 def test_a_mean_that_would_change_nothing_is_refused(make: Callable[..., Any], x: Tensor) -> None:
     model = make()
     for over, kinds in (("batch", None), (("kind",), list(range(11))), (("batch", "kind"), list(range(11)))):
-        with pytest.raises(hooks.BadArgument, match="one value"), hooks.edit(model, {DELTA: hooks.mean(over, kinds=kinds)}):
+        with (
+            pytest.raises(hooks.BadArgument, match="one value"),
+            hooks.edit(model, {DELTA: hooks.mean(over, kinds=kinds)}),
+        ):
             model(x[:1])
     for over, kinds in ((("batch", "pos"), None), ("kind", KINDS), (("batch", "kind"), KINDS)):
         with hooks.edit(model, {DELTA: hooks.mean(over, kinds=kinds)}):
             assert not torch.allclose(hooks.record(model, x[:1], DELTA).output, model(x[:1]) * 0)
-    with pytest.raises(hooks.BadArgument, match="11 positions"), hooks.edit(model, {DELTA: hooks.mean("kind", kinds=[0, 1])}):
+    with (
+        pytest.raises(hooks.BadArgument, match="11 positions"),
+        hooks.edit(model, {DELTA: hooks.mean("kind", kinds=[0, 1])}),
+    ):
         model(x)
     with pytest.raises(hooks.BadArgument, match="reference prompts"):
         hooks.mean("batch", reference=x)(torch.randn(4, 11, 16))
-    with pytest.raises(hooks.BadArgument, match="hook_B"), hooks.edit(
-        model, {"blocks.1.mixer.hook_B": hooks.mean("batch", reference=hooks.record(model, x, DELTA))}
+    with (
+        pytest.raises(hooks.BadArgument, match="hook_B"),
+        hooks.edit(model, {"blocks.1.mixer.hook_B": hooks.mean("batch", reference=hooks.record(model, x, DELTA))}),
     ):
         model(x)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import hooks
 import pytest
 import torch
 from torch import Tensor
+
+import hooks
 
 DELTA = "blocks.1.mixer.hook_delta"
 STATE = "blocks.1.mixer.hook_state"

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import hooks
 import pytest
 import torch
 from torch import Tensor
+
+import hooks
 
 VARIANTS = ["mamba", "lti", "s4d"]
 
@@ -180,13 +181,14 @@ def test_sites_of_a_model_that_is_not_ours() -> None:
         def __init__(self) -> None:
             super().__init__()
             self.hook_thing = HookPoint()
+            self.hook_state = HookPoint()
             self.setup()
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.hook_thing(x)
+            return self.hook_state(self.hook_thing(x))
 
     model, x = Other(), torch.randn(2, 3, 4)
-    assert hooks.sites(model).names == ["hook_thing"]
+    assert hooks.sites(model).names == ["hook_thing", "hook_state"]
     assert hooks.sites(model)[0].note == "not in the vocabulary"
     assert "hook_thing" in hooks.show(model)
     torch.testing.assert_close(hooks.record(model, x)["hook_thing"], x)
@@ -194,3 +196,7 @@ def test_sites_of_a_model_that_is_not_ours() -> None:
         torch.testing.assert_close(model(x)[:, 1], 2 * x[:, 1])
     with pytest.raises(hooks.DidNotFire), hooks.edit(model, {"hook_thing": hooks.zero()}):
         pass
+    with pytest.raises(hooks.BadArgument, match="readout_only"), hooks.edit(model, {"hook_state": hooks.zero()}):
+        pytest.fail("the body must not run")
+    with hooks.edit(model, {"hook_state": hooks.zero()}, readout_only=True):
+        assert not model(x).any()

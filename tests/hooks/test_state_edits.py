@@ -6,10 +6,11 @@ from collections.abc import Callable
 from itertools import permutations
 from typing import Any
 
-import hooks
 import pytest
 import torch
 from torch import Tensor
+
+import hooks
 
 LAYER = "blocks.1.mixer."
 STATE = LAYER + "hook_state"
@@ -236,9 +237,7 @@ def test_do_state_guards_against_infinity_in_the_past(make: Callable[..., Any], 
 
 @pytest.mark.law
 @pytest.mark.parametrize("where", ["hook_write", "hook_decay", "hook_delta", "hook_x"])
-def test_an_edit_of_the_state_holds_whatever_is_done_upstream(
-    make: Callable[..., Any], x: Tensor, where: str
-) -> None:
+def test_an_edit_of_the_state_holds_whatever_is_done_upstream(make: Callable[..., Any], x: Tensor, where: str) -> None:
     """The state comes after its operands: an edit of those, inside or outside, by whatever idiom, cannot undo it."""
     model = make()
     do = hooks.do_state(1, [3], 0.25)
@@ -297,9 +296,7 @@ def test_several_edits_of_one_state_act_in_order(make: Callable[..., Any], x: Te
 
 @pytest.mark.edit
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_readout_only_changes_what_is_read_and_nothing_later(
-    make: Callable[..., Any], x: Tensor, variant: str
-) -> None:
+def test_readout_only_changes_what_is_read_and_nothing_later(make: Callable[..., Any], x: Tensor, variant: str) -> None:
     model = make(variant)
     clean, (_, state) = hooks.record(model, x, [STATE, LAYER + "hook_y"]), model(x, return_state=True)
     with hooks.edit(model, {STATE: hooks.zero(pos=[4])}, readout_only=True):

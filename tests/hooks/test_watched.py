@@ -1,5 +1,7 @@
 """Which path the scan takes: the materialised one exactly where somebody looks at a 4-D site, the fused one elsewhere."""
 
+# ruff: noqa: SIM117, for nnsight needs its `with` on a line of its own
+
 from __future__ import annotations
 
 import copy
@@ -9,12 +11,13 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import hooks
 import pytest
 import torch
 from nnsight import NNsight
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
+
+import hooks
 
 VARIANTS = ["mamba", "lti", "s4d"]
 FULL = ["hook_decay", "hook_write", "hook_state"]
@@ -53,7 +56,9 @@ def test_3d_sites_leave_the_fused_path_alone(
 
 
 @pytest.mark.hygiene
-@pytest.mark.parametrize("kind", ["hook_delta_pre", "hook_delta", "hook_delta_decay", "hook_delta_write", "hook_state_init"])
+@pytest.mark.parametrize(
+    "kind", ["hook_delta_pre", "hook_delta", "hook_delta_decay", "hook_delta_write", "hook_state_init"]
+)
 @pytest.mark.parametrize("variant", ["lti", "s4d"])
 def test_sites_that_the_convolution_would_skip_fire(
     make: Callable[..., Any], x: Tensor, variant: str, kind: str
@@ -449,9 +454,7 @@ def test_random_combinations_equal_an_always_exposed_copy(make: Callable[..., An
     draw, different = random.Random(7), 0
     with hooks.expose(exposed):
         for _ in range(40):
-            edits = [
-                (draw.choice(IDIOMS), draw.choice(names), draw.choice(CHANGES)) for _ in range(draw.randrange(4))
-            ]
+            edits = [(draw.choice(IDIOMS), draw.choice(names), draw.choice(CHANGES)) for _ in range(draw.randrange(4))]
             reads = draw.sample(names, draw.randrange(4)) or ["hook_embed"]
             results = []
             for subject in (model, exposed):

@@ -14,9 +14,7 @@ pytestmark = pytest.mark.contract
     ("value", "least", "most"),
     [(0, 1, None), (2.0, 1, None), ("3", 1, None), (True, 0, 5), (6, 0, 5)],
 )
-def test_what_is_no_number_of_things_is_refused(
-    value: object, least: int, most: int | None
-) -> None:
+def test_what_is_no_number_of_things_is_refused(value: object, least: int, most: int | None) -> None:
     with pytest.raises(BadArgument, match=f"d={value!r} does not work") as refused:
         whole_number("d", value, least, most)
     assert f"{least}" in str(refused.value) and "\n" not in str(refused.value)
@@ -40,9 +38,7 @@ def test_known_options_are_the_parameters_of_the_function() -> None:
         return width * depth
 
     known_options("thing", make, {"width": 1, "depth": 2})
-    with pytest.raises(
-        BadArgument, match='option of thing is called "widht"; did you mean "width"'
-    ):
+    with pytest.raises(BadArgument, match='option of thing is called "widht"; did you mean "width"'):
         known_options("thing", make, {"widht": 1})
     with pytest.raises(BadArgument, match="there is: width, depth"):
         known_options("thing", make, {"colour": 1})

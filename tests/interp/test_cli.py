@@ -83,9 +83,7 @@ def test_a_run_prints_its_table_and_folder_and_saves_everything(
     assert Result.load(folder).config["seed"] == 3
 
 
-def test_json_prints_result_json_and_nothing_else(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_json_prints_result_json_and_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code = cli.main(command(result, drawn), ["--out", str(tmp_path), "--json"])
     said = capsys.readouterr()
     (folder,) = (tmp_path / "example").iterdir()
@@ -155,9 +153,7 @@ def test_the_traceback_is_there_when_asked_for(
     assert err.endswith("error: wrong\n")
 
 
-def test_a_figure_that_fails_leaves_no_folder(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_figure_that_fails_leaves_no_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def no_figure(found: Result) -> Any:
         def savefig(path: Path, **options: Any) -> None:
             Path(path).write_bytes(b"half")
@@ -181,9 +177,7 @@ def test_an_unwritable_out_exits_2(tmp_path: Path, capsys: pytest.CaptureFixture
 
 def started(*arguments: str, **options: Any) -> subprocess.Popen[str]:
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(
-        [sys.executable, *arguments], cwd=ROOT, text=True, **{**pipes, **options}
-    )
+    return subprocess.Popen([sys.executable, *arguments], cwd=ROOT, text=True, **{**pipes, **options})
 
 
 WITHOUT = """
@@ -198,9 +192,7 @@ assert not heavy, f"loaded to print help: {{heavy}}"
 """
 
 
-@pytest.mark.parametrize(
-    "module", ["analyses", *(f"analyses.{name}" for name in listing.questions())]
-)
+@pytest.mark.parametrize("module", ["analyses", *(f"analyses.{name}" for name in listing.questions())])
 def test_help_loads_nothing_heavy(module: str) -> None:
     process = started("-c", WITHOUT.format(module=module))
     out, err = process.communicate(timeout=300)
@@ -252,9 +244,7 @@ def test_ctrl_c_is_one_line_and_exit_1() -> None:
 
 def test_the_list_reads_docstrings_without_importing(tmp_path: Path) -> None:
     (tmp_path / "_private.py").write_text('"""Not a question."""')
-    (tmp_path / "broken.py").write_text(
-        '"""Is it listed?\n\nCost       1 s\n"""\nimport nothing_\n'
-    )
+    (tmp_path / "broken.py").write_text('"""Is it listed?\n\nCost       1 s\n"""\nimport nothing_\n')
     (tmp_path / "long.py").write_text(
         '"""What is long?\n\nNot shown  much\nCost       a minute on 2 cores;\n'
         '           --quick less\n\nAnd more.\n"""\n'

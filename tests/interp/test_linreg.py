@@ -51,9 +51,7 @@ class Recurrent(nn.Module):
 
 
 def in_double(batch: Batch) -> Batch:
-    return Batch(
-        batch.tokens.double(), batch.targets, batch.read, batch.kinds, batch.x, batch.y, batch.truth
-    )
+    return Batch(batch.tokens.double(), batch.targets, batch.read, batch.kinds, batch.x, batch.y, batch.truth)
 
 
 @pytest.mark.definition

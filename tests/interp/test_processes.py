@@ -10,14 +10,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 
 from hooks.errors import BadArgument
-from interp import resume
-from interp.fit import training_batch
+from interp import fit, resume
 from interp.recipe import TrainConfig
 from tests.interp.tiny import CONFIG, SEARCH, go, kill_at_call, metrics, same, weights
 
@@ -65,6 +65,7 @@ def trained(out: Path, config: TrainConfig = CONFIG, count: int = 2) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_two_processes_share_a_batch_and_write_once(tmp_path: Path) -> None:
     two, again = trained(tmp_path / "two", SEARCH), trained(tmp_path / "again", SEARCH)
     assert same(weights(two), weights(again))
@@ -75,16 +76,16 @@ def test_two_processes_share_a_batch_and_write_once(tmp_path: Path) -> None:
 
 
 def test_each_process_draws_its_own_share_of_the_prompts(tmp_path: Path) -> None:
-    from interp import fit
+    original = fit.training_batch
 
     def body() -> None:
-        def noted(run: fit.Run, step: int, steps: int) -> object:
-            batch = training_batch(run, step, steps)
+        def noted(run: fit.Run, step: int, steps: int) -> Any:
+            batch = original(run, step, steps)
             file = tmp_path / f"{run.accelerator.process_index}-{step}"
             file.write_text(repr(batch[0].tokens.tolist()))
             return batch
 
-        fit.training_batch = noted  # type: ignore[assignment]
+        fit.training_batch = noted
         go(tmp_path / "run")
 
     assert together(2, body) == [0, 0]
@@ -92,6 +93,7 @@ def test_each_process_draws_its_own_share_of_the_prompts(tmp_path: Path) -> None
     assert shares[0] != shares[1]
 
 
+@pytest.mark.slow
 def test_two_processes_killed_go_on_as_two(tmp_path: Path) -> None:
     def body() -> None:
         kill_at_call(resume, "keep", 2, before=True)
@@ -129,6 +131,7 @@ def test_mixed_precision_changes_the_arithmetic_and_not_the_weights_type(tmp_pat
 SCRIPT = """
 import sys
 from pathlib import Path
+from typing import Any
 sys.path.insert(0, {root!r})
 from tests.interp import tiny
 print(tiny.go(Path({out!r})).card["processes"])

@@ -133,9 +133,7 @@ def test_a_failing_figure_leaves_what_was_there(tmp_path: Path, error: BaseExcep
 
 
 @pytest.mark.contract
-def test_a_swap_that_fails_half_way_puts_the_old_folder_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_swap_that_fails_half_way_puts_the_old_folder_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     final = tmp_path / "run"
     final.mkdir()
     (final / "number").write_text("old")

@@ -39,9 +39,7 @@ def test_the_search_takes_the_best_rate_on_validation_prompts(tmp_path: Path) ->
     assert same(weights(tmp_path / "searched"), weights(tmp_path / "alone"))
 
 
-def test_every_candidate_sees_the_same_prompts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_candidate_sees_the_same_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Tensor] = []
     original = fit.training_batch
 

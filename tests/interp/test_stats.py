@@ -49,9 +49,7 @@ def test_paired_difference_covers_and_uses_the_pairing() -> None:
     prompt = 10 * draws(400, simulations, seed=1)
     first, second = prompt + draws(400, simulations, seed=2) + 0.5, prompt
     found = stats.paired_difference(first, second)
-    assert within_binomial_error(
-        float(((found.low <= 0.5) & (found.high >= 0.5)).mean()), 0.95, 2000
-    )
+    assert within_binomial_error(float(((found.low <= 0.5) & (found.high >= 0.5)).mean()), 0.95, 2000)
     unpaired = stats.paired_difference(first, np.roll(second, 1, axis=0))
     assert (unpaired.high - unpaired.low).min() > 5 * (found.high - found.low).max()
 
@@ -101,16 +99,12 @@ def test_another_statistic_is_resampled_in_the_same_way() -> None:
     median = stats.bootstrap(heavy, n_boot=300, statistic=lambda v: np.median(v, axis=0))
     assert float(median.mean) == np.median(heavy)
     # The median of n Cauchy draws has standard error π / (2 sqrt(n)).
-    assert float(median.high - median.low) == pytest.approx(
-        2 * 1.96 * np.pi / 2 / 2001**0.5, rel=0.4
-    )
+    assert float(median.high - median.low) == pytest.approx(2 * 1.96 * np.pi / 2 / 2001**0.5, rel=0.4)
 
 
 def test_a_permutation_p_is_uniform_where_nothing_is() -> None:
     simulations = 2000
-    difference = draws(30, simulations) * np.random.default_rng(1).exponential(
-        size=(30, simulations)
-    )
+    difference = draws(30, simulations) * np.random.default_rng(1).exponential(size=(30, simulations))
     for alternative in ("two-sided", "greater", "less"):
         p = stats.permutation_test(difference, n_perm=999, alternative=alternative)
         assert p.min() >= 1 / 1000
@@ -122,9 +116,7 @@ def test_a_permutation_p_is_small_where_there_is_an_effect() -> None:
     first, second = prompt + 0.1 + 0.1 * draws(100, seed=5), prompt
     smallest = pytest.approx(1 / 1000)
     assert float(stats.permutation_test(first, second, n_perm=999)) == smallest
-    assert (
-        float(stats.permutation_test(first, second, n_perm=999, alternative="greater")) == smallest
-    )
+    assert float(stats.permutation_test(first, second, n_perm=999, alternative="greater")) == smallest
     assert float(stats.permutation_test(first, second, n_perm=999, alternative="less")) > 0.99
 
 

@@ -131,9 +131,7 @@ KILLS = {
 
 
 @pytest.mark.parametrize("moment", KILLS)
-def test_killed_at_any_moment_it_ends_in_the_same_weights(
-    unbroken: Path, tmp_path: Path, moment: str
-) -> None:
+def test_killed_at_any_moment_it_ends_in_the_same_weights(unbroken: Path, tmp_path: Path, moment: str) -> None:
     owner, name, call, before = KILLS[moment]
 
     def body() -> None:
@@ -186,9 +184,7 @@ def test_nothing_is_pickled(tmp_path: Path) -> None:
         ("model_config", {"d": 1}, "model_config"),
     ],
 )
-def test_another_recipe_in_the_same_folder_is_refused(
-    unbroken: Path, field: str, value: Any, said: str
-) -> None:
+def test_another_recipe_in_the_same_folder_is_refused(unbroken: Path, field: str, value: Any, said: str) -> None:
     with pytest.raises(BadArgument, match=said) as refused:
         go(unbroken, dataclasses.replace(CONFIG, **{field: value}))
     assert "\n" not in str(refused.value)
@@ -314,9 +310,7 @@ def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(
     assert metrics(tmp_path) == metrics(unbroken)
 
 
-def test_a_second_ctrl_c_interrupts_at_once(
-    unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_second_ctrl_c_interrupts_at_once(unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = fit.training_batch
 
     def impatient(run: Any, step: int, steps: int) -> Any:

@@ -33,9 +33,7 @@ def test_every_architecture_builds_and_runs(architecture: str) -> None:
 def test_the_tables_name_the_same_architectures() -> None:
     assert list(models.ARCHITECTURES) == list(models.CONFIGS)
     assert sorted(models.names()) == models.names()
-    assert len(set(models.__all__)) == len(models.__all__) and all(
-        hasattr(models, name) for name in models.__all__
-    )
+    assert len(set(models.__all__)) == len(models.__all__) and all(hasattr(models, name) for name in models.__all__)
 
 
 def test_the_global_seed_draws_a_model() -> None:
@@ -90,9 +88,7 @@ def test_what_can_be_built() -> None:
     assert models.build("mamba", **SMALL, norm_eps=1).cfg.norm_eps == 1
 
 
-def test_a_bundled_name_wins_and_a_folder_is_a_path(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_bundled_name_wins_and_a_folder_is_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     zoo, run = tmp_path / "zoo", tmp_path / "tiny"
     zoo.mkdir()
     run.mkdir()
@@ -118,9 +114,7 @@ def test_what_cannot_be_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         "out/none": 'there is no file or folder "out/none"',
         "state-spaces/mamba-130m-hf": "a Hugging Face model is loaded with transformers first",
         "gone.safetensors": 'there is no file "gone.safetensors"',
-        str(
-            tmp_path / "killed"
-        ): "has not finished: the same command with the same --out goes on with it",
+        str(tmp_path / "killed"): "has not finished: the same command with the same --out goes on with it",
         str(tmp_path / "other"): "holds no model.safetensors, so it is no run folder",
         nn.Linear(2, 2): "a Linear cannot be loaded",
     }
@@ -139,16 +133,9 @@ def test_transformers_is_imported_inside_functions_only() -> None:
     found: dict[str, list[bool]] = {}
     for file in folder.rglob("*.py"):
         tree = ast.parse(file.read_text(encoding="utf-8"))
-        inner = {
-            node
-            for part in ast.walk(tree)
-            if isinstance(part, ast.FunctionDef)
-            for node in ast.walk(part)
-        }
+        inner = {node for part in ast.walk(tree) if isinstance(part, ast.FunctionDef) for node in ast.walk(part)}
         for node in ast.walk(tree):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(
-                ("transformers", "mamba_ssm")
-            ):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(("transformers", "mamba_ssm")):
                 found.setdefault(file.name, []).append(node in inner)
     assert found.get("pretrained.py") and all(found["pretrained.py"])
     assert "__init__.py" not in found and "checkpoint.py" not in found

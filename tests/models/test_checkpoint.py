@@ -40,9 +40,7 @@ def saved(folder: Path, architecture: str = "mamba", **config: Any) -> tuple[mod
     return model, folder / "model.safetensors"
 
 
-def rewritten(
-    path: Path, change: Callable[[dict[str, torch.Tensor], dict[str, str]], None]
-) -> Path:
+def rewritten(path: Path, change: Callable[[dict[str, torch.Tensor], dict[str, str]], None]) -> Path:
     """The file again, with its tensors and header changed and a digest that fits."""
     with safe_open(path, "pt") as file:
         metadata = dict(file.metadata())
@@ -75,9 +73,7 @@ def refusal(path: Path) -> str:
         ("s4d", {}),
     ],
 )
-def test_what_is_saved_comes_back(
-    architecture: str, config: dict[str, Any], tmp_path: Path
-) -> None:
+def test_what_is_saved_comes_back(architecture: str, config: dict[str, Any], tmp_path: Path) -> None:
     model, path = saved(tmp_path, architecture, **config)
     back = models.load(path)
     assert back.cfg == model.cfg and back.card == CARD and back.architecture == architecture
@@ -116,10 +112,7 @@ def test_digest_is_of_the_tensors_alone(tmp_path: Path) -> None:
     digest = checkpoint.digest(model)
     model.card = {"other": 1}
     model.eval()
-    assert (
-        checkpoint.digest(model) == digest == checkpoint.digest(models.load(path))
-        and len(digest) == 64
-    )
+    assert checkpoint.digest(model) == digest == checkpoint.digest(models.load(path)) and len(digest) == 64
     with torch.no_grad():
         model.blocks[1].mixer.D[3] += 1e-7
     assert checkpoint.digest(model) != digest
@@ -145,9 +138,7 @@ def test_header_holds_no_path_and_no_host(tmp_path: Path) -> None:
         ({"model": torch.zeros(1)}, "the card is not JSON"),
     ],
 )
-def test_cards_that_tell_too_much_are_refused(
-    card: dict[str, Any], reason: str, tmp_path: Path
-) -> None:
+def test_cards_that_tell_too_much_are_refused(card: dict[str, Any], reason: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as caught:
         checkpoint.save(models.build("mamba", **SMALL), tmp_path / "m.safetensors", card)
     assert str(caught.value).startswith(reason) and not os.listdir(tmp_path)
@@ -304,9 +295,7 @@ def test_a_failed_write_leaves_the_old_file(
     assert path.read_bytes() != content
 
 
-def test_an_interrupted_write_leaves_nothing_behind(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_write_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(handle: int) -> None:
         raise KeyboardInterrupt
 

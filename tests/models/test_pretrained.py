@@ -47,9 +47,7 @@ def hugging_face(kind: type = MambaForCausalLM, **config: Any) -> Any:
 
 
 def tokens(length: int, batch: int = 2) -> Tensor:
-    return torch.randint(
-        VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(length)
-    )
+    return torch.randint(VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(length))
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 5, 17, 33])
@@ -96,9 +94,7 @@ def test_gradients_equal_hugging_face() -> None:
     weight = torch.randn(2, 7, VOCABULARY)
     (module(ids).logits * weight).sum().backward()
     (model(ids) * weight).sum().backward()
-    theirs = {
-        pretrained._ours(pretrained._canonical(n)): p.grad for n, p in module.named_parameters()
-    }
+    theirs = {pretrained._ours(pretrained._canonical(n)): p.grad for n, p in module.named_parameters()}
     for name, parameter in model.named_parameters():
         assert_close(parameter.grad, theirs[name], rtol=1e-3, atol=1e-4)
 
@@ -113,9 +109,7 @@ def test_a_bare_model_reads_out_with_its_own_table() -> None:
         hooks.record(model, ids, names),
         module(ids, output_hidden_states=True).hidden_states,
     )
-    assert_close(
-        record["ln_final.hook_normalized"] * model.ln_final.weight, hidden, rtol=1e-5, atol=1e-5
-    )
+    assert_close(record["ln_final.hook_normalized"] * model.ln_final.weight, hidden, rtol=1e-5, atol=1e-5)
     for layer in range(2):
         assert_close(record[f"blocks.{layer}.hook_resid_post"], theirs[layer], rtol=1e-5, atol=1e-5)
 
@@ -138,11 +132,7 @@ def test_the_source_is_left_as_it_was() -> None:
     module.backbone.norm_f.eval()
     functions, random = vars(modeling_mamba).copy(), torch.get_rng_state()
     models.load(module)
-    assert (
-        module.training
-        and module.backbone.layers[0].training
-        and not module.backbone.norm_f.training
-    )
+    assert module.training and module.backbone.layers[0].training and not module.backbone.norm_f.training
     assert torch.equal(random, torch.get_rng_state())
     assert vars(modeling_mamba) == functions
 
@@ -154,14 +144,10 @@ def test_other_dtypes(dtype: torch.dtype) -> None:
     model = models.load(module)
     wanted = torch.float64 if dtype == torch.float64 else torch.float32
     assert {parameter.dtype for parameter in model.parameters()} == {wanted}
-    assert_close(
-        model.blocks[1].mixer.D, module.backbone.layers[1].mixer.D.to(wanted), rtol=0, atol=0
-    )
+    assert_close(model.blocks[1].mixer.D, module.backbone.layers[1].mixer.D.to(wanted), rtol=0, atol=0)
     assert module.dtype == dtype
     ids = tokens(5)
-    assert_close(
-        model(ids).float(), copy.deepcopy(module).to(wanted)(ids).logits, rtol=1e-4, atol=1e-4
-    )
+    assert_close(model(ids).float(), copy.deepcopy(module).to(wanted)(ids).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_kernels_that_fail_on_a_cpu_are_stepped_around(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -259,9 +245,7 @@ def test_a_wrong_conversion_does_not_get_through(monkeypatch: pytest.MonkeyPatch
 
     for mistake in (swap_b_and_c, reverse_taps, lose_the_skip):
         monkeypatch.setattr(pretrained, "from_state_dict", with_mistake(mistake))
-        with pytest.raises(
-            CheckpointError, match="the conversion of this MambaForCausalLM is wrong: logits differ"
-        ):
+        with pytest.raises(CheckpointError, match="the conversion of this MambaForCausalLM is wrong: logits differ"):
             models.load(module)
     monkeypatch.setattr(pretrained, "from_state_dict", right)
     models.load(module)
@@ -269,9 +253,7 @@ def test_a_wrong_conversion_does_not_get_through(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_mamba_ssm_names_there_and_back(tied: bool) -> None:
-    model = models.build(
-        "mamba", d_model=16, n_layers=2, d_state=3, head="lm", d_out=VOCABULARY, tie_embeddings=tied
-    )
+    model = models.build("mamba", d_model=16, n_layers=2, d_state=3, head="lm", d_out=VOCABULARY, tie_embeddings=tied)
     named = pretrained.to_state_dict(model)
     assert {"backbone.embedding.weight", "backbone.norm_f.weight", "lm_head.weight"} <= set(named)
     assert named["backbone.layers.1.mixer.conv1d.weight"].shape == (32, 1, 4)
@@ -284,9 +266,7 @@ def test_mamba_ssm_names_there_and_back(tied: bool) -> None:
 
 
 def test_state_dicts_that_are_no_mamba_are_refused() -> None:
-    good = pretrained.to_state_dict(
-        models.build("mamba", d_model=16, n_layers=2, head="lm", d_out=VOCABULARY)
-    )
+    good = pretrained.to_state_dict(models.build("mamba", d_model=16, n_layers=2, head="lm", d_out=VOCABULARY))
     layer = "backbone.layers.1.mixer."
     cases: list[tuple[dict[str, Tensor | None], str]] = [
         ({f"{layer}dt_bias": torch.zeros(2)}, "it is Mamba-2"),
@@ -322,9 +302,7 @@ def test_state_dicts_that_are_no_mamba_are_refused() -> None:
             'head="regression" has no counterpart',
         ),
         (
-            lambda: models.build(
-                "mamba", d_model=16, n_layers=1, head="lm", d_out=5, selective=False
-            ),
+            lambda: models.build("mamba", d_model=16, n_layers=1, head="lm", d_out=5, selective=False),
             "selective=False",
         ),
         (
@@ -346,11 +324,7 @@ def test_mambapy_computes_the_same(length: int) -> None:
     """
     model = models.build("mamba", d_model=24, n_layers=2, d_state=5, d_conv=3, d_in=4).eval()
     theirs = MambapyMamba(MambapyConfig(d_model=24, n_layers=2, d_state=5, d_conv=3)).eval()
-    weights = {
-        n.replace("blocks.", "layers."): v
-        for n, v in model.state_dict().items()
-        if n.startswith("blocks.")
-    }
+    weights = {n.replace("blocks.", "layers."): v for n, v in model.state_dict().items() if n.startswith("blocks.")}
     theirs.load_state_dict(weights)
     x = torch.randn(2, length, 4)
     entering = model.embed(x)

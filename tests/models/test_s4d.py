@@ -61,9 +61,7 @@ def by_numpy(mixer: S4DMixer, x: np.ndarray) -> np.ndarray:
 def test_both_paths_are_the_definition(length: int) -> None:
     model, x = small(n_layers=1), prompts(length)
     mixer = model.blocks[0].mixer
-    wanted = torch.from_numpy(
-        by_numpy(mixer, model.blocks[0].norm(model.embed(x)).detach().numpy())
-    )
+    wanted = torch.from_numpy(by_numpy(mixer, model.blocks[0].norm(model.embed(x)).detach().numpy()))
     for record in (
         hooks.record(model, x, [MIXER + "hook_y", MIXER + "hook_skip"]),
         exposed_record(model, x),
@@ -72,9 +70,7 @@ def test_both_paths_are_the_definition(length: int) -> None:
         assert_close(got, wanted, rtol=1e-10, atol=1e-10)
     mixed = nn.functional.gelu(wanted)
     a, b = mixer.out_proj(mixed).chunk(2, dim=-1)
-    assert_close(
-        hooks.record(model, x, [MIXER + "hook_out"])[MIXER + "hook_out"], a * torch.sigmoid(b)
-    )
+    assert_close(hooks.record(model, x, [MIXER + "hook_out"])[MIXER + "hook_out"], a * torch.sigmoid(b))
 
 
 def exposed_record(model: models.Stack, x: Tensor) -> hooks.Record:
@@ -108,9 +104,7 @@ def test_gradients_of_both_paths_agree() -> None:
 
 @pytest.mark.definition
 def test_complex_scan_and_its_first_and_second_derivatives() -> None:
-    decay, write = (
-        torch.randn(1, 4, 2, 4, dtype=torch.float64, requires_grad=True) for _ in range(2)
-    )
+    decay, write = (torch.randn(1, 4, 2, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
     start = torch.randn(1, 2, 4, dtype=torch.float64, requires_grad=True)
     h, expected = unpair(start), []
     for t in range(4):
@@ -166,17 +160,13 @@ def test_steps_and_chunks_equal_the_whole(exposed: bool) -> None:
 @pytest.mark.law
 def test_gradients_through_a_chunk_boundary_equal_the_whole() -> None:
     model, x = small(), prompts(8)
-    (whole,) = torch.autograd.grad(
-        model(x)[:, -1].sum(), [model.blocks[0].mixer.log_dt], retain_graph=False
-    )
+    (whole,) = torch.autograd.grad(model(x)[:, -1].sum(), [model.blocks[0].mixer.log_dt], retain_graph=False)
     _, state = model(x[:, :5], return_state=True)
     out = model(x[:, 5:], state=state)
     (chunks,) = torch.autograd.grad(out[:, -1].sum(), [model.blocks[0].mixer.log_dt])
     assert_close(chunks, whole, rtol=1e-8, atol=1e-10)
     _, state = model(x[:, :5])[:, 0], [models.LayerState(None, s.h.detach()) for s in state]
-    (cut,) = torch.autograd.grad(
-        model(x[:, 5:], state=state)[:, -1].sum(), [model.blocks[0].mixer.log_dt]
-    )
+    (cut,) = torch.autograd.grad(model(x[:, 5:], state=state)[:, -1].sum(), [model.blocks[0].mixer.log_dt])
     assert (cut - whole).abs().max() > 1e-6
 
 
@@ -224,8 +214,7 @@ def test_sites_fire_in_the_order_listed_and_have_the_listed_shapes() -> None:
         row = next(row for row in listed if row.name == hook.name)
         sizes = {"batch": 2, "pos": 5}
         assert tensor.shape == tuple(
-            sizes[axis] if size is None else size
-            for axis, size in zip(row.axes, row.shape, strict=True)
+            sizes[axis] if size is None else size for axis, size in zip(row.axes, row.shape, strict=True)
         )
         assert tensor.is_contiguous()
 
@@ -301,18 +290,11 @@ def test_delta_edited_at_one_position_is_used_there(site: str) -> None:
     for t in range(6):
         forgets = step * (3 if t == at and site != "hook_delta_write" else 1)
         writes = step * (3 if t == at and site != "hook_delta_decay" else 1)
-        h = (
-            np.exp(forgets[:, None] * A) * h
-            + (np.exp(writes[:, None] * A) - 1) / A * scan_input[:, t, :, None]
-        )
+        h = np.exp(forgets[:, None] * A) * h + (np.exp(writes[:, None] * A) - 1) / A * scan_input[:, t, :, None]
         wanted.append(2 * (C * h).sum(-1).real)
-    assert_close(
-        record[MIXER + "hook_y"], torch.from_numpy(np.stack(wanted, 1)), rtol=1e-10, atol=1e-10
-    )
+    assert_close(record[MIXER + "hook_y"], torch.from_numpy(np.stack(wanted, 1)), rtol=1e-10, atol=1e-10)
     change = (
-        (hooks.record(model, x, [MIXER + "hook_y"])[MIXER + "hook_y"] - record[MIXER + "hook_y"])
-        .abs()
-        .amax((0, 2))
+        (hooks.record(model, x, [MIXER + "hook_y"])[MIXER + "hook_y"] - record[MIXER + "hook_y"]).abs().amax((0, 2))
     )
     assert (change[:at] < 1e-12).all() and (change[at + 1 :] > 1e-4).all()
 
