@@ -1,8 +1,8 @@
 """Sites: what can be read and edited inside a model, and how.
 
-``sites(model)`` and ``show(model)`` list them; ``record(model, x, sites)`` reads; ``with edit(model, {pattern: edit})`` changes.
-Every name is a full path or a glob. The TransformerLens idiom (``model.run_with_cache`` …) and the nnsight idiom
-(``nnsight(model).trace(x)``) work on the same models and give the same numbers.
+``sites(model)`` and ``show(model)`` list them; ``record(model, x, sites)`` reads; ``with edit(model, {pattern: edit})``
+changes. Every name is a full path or a glob. The TransformerLens idiom (``model.run_with_cache`` …) and the nnsight
+idiom (``nnsight(model).trace(x)``) work on the same models and give the same numbers.
 """
 
 from hooks.edit import DoState, Edit, add, do_state, freeze, mean, resample, scale, set_to, zero

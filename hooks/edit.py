@@ -5,8 +5,8 @@ Each is made by calling (``zero()``, ``scale(.5)``, ``mean(over="batch")`` …) 
 position, along the axis after batch). Used through ``hooks.edit(model, {pattern: edit})``; calling one on a tensor
 works too: ``zero(pos=0)(delta)``.
 
-On ``hook_state`` an edit propagates (``hooks/propagate.py``): h_t is replaced and the recurrence goes on from there. There a
-plain function is called at each position by itself, with (batch, 1, d_inner, d_state).
+On ``hook_state`` an edit propagates (``hooks/propagate.py``): h_t is replaced and the recurrence goes on from there. A
+plain function is there called at each position by itself, with (batch, 1, d_inner, d_state).
 """
 
 from __future__ import annotations
@@ -175,10 +175,10 @@ def mean(
 ) -> Edit:
     """The mean over the named axes: any of ``"batch"``, ``"pos"``, ``"kind"``, ``"channel"``.
 
-    ``"kind"`` means over the positions of each token kind apart, and needs ``kinds`` (one integer for each position; 0 for
-    x tokens and 1 for y tokens, say). So one value per channel is ``over=("batch", "pos")``; a schedule without
-    content is ``over="batch"``; one value for x and one for y is ``over=("batch", "kind")``. The mean is that of the whole
-    site, also where ``pos`` or ``channels`` pick the part that it replaces.
+    ``"kind"`` means over the positions of each token kind apart, and needs ``kinds`` (one integer for each position;
+    0 for x tokens and 1 for y tokens, say). So one value per channel is ``over=("batch", "pos")``; a schedule without
+    content is ``over="batch"``; one value for x and one for y is ``over=("batch", "kind")``. The mean is that of the
+    whole site, also where ``pos`` or ``channels`` pick the part that it replaces.
 
     ``reference`` says whose mean it is: None for this batch itself, a tensor of other prompts (the model runs on them,
     unedited, when the edit begins), or a record of such a run. A mean of a reference is a constant; it carries no
@@ -266,7 +266,8 @@ def resample(
 
     Without ``source`` the batch is permuted so that no prompt keeps its own value; the permutation depends on ``seed``
     and the batch size alone, so that all sites of one edit take the same other prompt. ``source`` is a record
-    of other prompts, in this batch's shape. Raises :class:`BadArgument` for a batch of one, or a source of another shape.
+    of other prompts, in this batch's shape. Raises :class:`BadArgument` for a batch of one, or a source of another
+    shape.
     """
 
     if source is None:

@@ -42,10 +42,7 @@ def unknown(kind: str, asked: str, have: Iterable[str], hint: str = "") -> str:
     """
     names = list(have)
     near = difflib.get_close_matches(asked, names, n=3, cutoff=0.6)
-    if near:
-        guess = "; did you mean " + " or ".join(f'"{name}"' for name in near) + "?"
-    else:
-        guess = ";"
+    guess = "; did you mean " + " or ".join(f'"{name}"' for name in near) + "?" if near else ";"
     shown = ", ".join(names[:12]) + (f", … {len(names) - 12} more" if len(names) > 12 else "")
     message = f'no {kind} is called "{asked}"{guess} (there is: {shown or "nothing yet"})'
     return f"{message} {hint}".rstrip()

@@ -39,7 +39,10 @@ def site_bytes(model: Any, tokens: Tensor, name: str) -> int:
 
 
 def check_memory(model: Any, tokens: Tensor, names: Sequence[str], max_memory: int | None, copies: int = 1) -> int:
-    """The bytes that ``names`` take for this input; :class:`TooLarge` above ``max_memory`` (default: half of what is free)."""
+    """The bytes that ``names`` take for this input.
+
+    Raises :class:`TooLarge` above ``max_memory``, which is half of what is free unless given.
+    """
     sizes = {name: site_bytes(model, tokens, name) * copies for name in names}
     total = sum(sizes.values())
     limit = free_memory(tokens.device) // 2 if max_memory is None else max_memory

@@ -3,8 +3,8 @@
 This is the one file of ``hooks/`` that imports TransformerLens. It adds to ``HookedRootModule``:
 
 * names that match nothing raise :class:`UnknownSite` in every entry point (``hooks``, ``add_hook``,
-  ``run_with_hooks``, ``run_with_cache``, ``get_caching_hooks``, ``add_caching_hooks``), and a hook or a cache whose site never fires raises
-  :class:`DidNotFire`;
+  ``run_with_hooks``, ``run_with_cache``, ``get_caching_hooks``, ``add_caching_hooks``), and a hook or a cache whose
+  site never fires raises :class:`DidNotFire`;
 * ``run_with_cache`` returns an ``ActivationCache``, takes ``fwd_hooks`` and ``bwd_hooks``, slices positions
   on each site's own axis (``pos_slice``) and refuses what would not fit in memory (``max_memory``);
 * :func:`watched` tells a mixer whether its 4-D tensors are wanted, and :func:`emit` calls a point and conforms
@@ -210,8 +210,8 @@ class HookedModule(HookedRootModule):
         """
         if bwd_hooks and reset_hooks_end:
             raise BadArgument(
-                "run_with_hooks would remove its bwd_hooks before a backward pass: use `with model.hooks(bwd_hooks=...)` "
-                "around both passes, or reset_hooks_end=False"
+                "run_with_hooks would remove its bwd_hooks before a backward pass: use "
+                "`with model.hooks(bwd_hooks=...)` around both passes, or reset_hooks_end=False"
             )
         with self.hooks(fwd_hooks, bwd_hooks, reset_hooks_end, clear_contexts):
             return self.forward(*model_args, **model_kwargs)

@@ -21,8 +21,8 @@ from hooks.errors import BadArgument
 class StateEdit:
     """One edit of h in one mixer, as the recurrence (``models/recurrence.py``) carries it out.
 
-    ``folds`` says whether :meth:`fold` can; :meth:`interrupt` always can. ``parts`` is 2 where the state is complex and shown
-    as pairs of reals. ``fired`` is called once in each run.
+    ``folds`` says whether :meth:`fold` can; :meth:`interrupt` always can. ``parts`` is 2 where the state is complex and
+    shown as pairs of reals. ``fired`` is called once in each run.
     """
 
     def __init__(self, edit: Edit, site: str, parts: int, fired: Callable[[], None]) -> None:

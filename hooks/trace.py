@@ -1,4 +1,4 @@
-"""nnsight on our models: ``NNsight(model).trace(x)`` works as it is; :func:`nnsight` also takes several inputs in one trace."""
+"""nnsight on our models: ``NNsight(model).trace(x)`` works as it is; :func:`nnsight` takes several inputs as well."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from hooks.errors import BadArgument
 def nnsight(model: Any) -> Any:
     """An nnsight wrapper of ``model`` whose traces accept several invokes, batched along axis 0.
 
-    The plain ``NNsight(model)`` refuses a second input in one trace. Inputs of one trace have the same length and the same
-    keywords (raises :class:`BadArgument` otherwise). nnsight is imported here, on the first call, because most
+    The plain ``NNsight(model)`` refuses a second input in one trace. Inputs of one trace have the same length and the
+    same keywords (raises :class:`BadArgument` otherwise). nnsight is imported here, on the first call, because most
     sessions do not need it.
     """
     from nnsight import NNsight

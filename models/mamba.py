@@ -1,6 +1,7 @@
 """Mamba-1 (Gu & Dao 2023), exactly the published function, with a site at every tensor that means something.
 
-One block is r ← r + mixer(RMSNorm(r)); blocks, read-in and read-out are in ``stack.py`` and ``heads.py``, the mixer is here:
+One block is r ← r + mixer(RMSNorm(r)); blocks, read-in and read-out are in ``stack.py`` and ``heads.py``, the mixer
+is here:
 
     [x; z] = W_in r̂                      two branches of width d_inner = expand · d_model
     x      = SiLU(conv(x))               causal, depthwise, d_conv taps
@@ -13,8 +14,8 @@ One block is r ← r + mixer(RMSNorm(r)); blocks, read-in and read-out are in ``
     out    = W_out (y · SiLU(z))         SiLU(z) is the output gate
 
 Glossary: batch, pos; d_model residual width; d_inner channels; d_state numbers of state for each channel (N); taps =
-d_conv − 1 inputs before the prompt. A is (d_inner, d_state), real and negative; A_log, D, b_Δ and the scan are kept in at
-least fp32. ``selective=False`` is the time-invariant twin: the same block with Δ, B and C learned constants.
+d_conv − 1 inputs before the prompt. A is (d_inner, d_state), real and negative; the step, the decay and the scan are
+computed in at least fp32. ``selective=False`` is the time-invariant twin: the same block with Δ, B and C learned constants.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ class CausalConv(nn.Module):
 
     def forward(self, x: Inner, before: Float[Tensor, "batch d_inner taps"]) -> Inner:
         padded = torch.cat([rearrange(before, "batch d_inner taps -> batch taps d_inner"), x], dim=1)
-        # A convolution over an image one row high: its channels-last layout is ours, so nothing is transposed or copied.
+        # A convolution over an image one row high: its channels-last layout is ours, so nothing is transposed.
         rows = rearrange(padded, "batch pos d_inner -> batch d_inner 1 pos")
         out = F.conv2d(rows, self.weight[:, :, None], self.bias, groups=self.weight.shape[0])
         return rearrange(out, "batch d_inner 1 pos -> batch pos d_inner").contiguous()

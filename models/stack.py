@@ -1,7 +1,7 @@
 """What every model here shares: RMSNorm, the pre-norm residual block, the stack with its read-in and read-out.
 
-A model is ``Stack(cfg, mixer)``: read-in, ``n_layers`` blocks r ← r + mixer(norm(r)), a final norm, a read-out. The mixer
-is the architecture. State goes in and out as one :class:`LayerState` for each layer.
+A model is ``Stack(cfg, mixer)``: read-in, ``n_layers`` blocks r ← r + mixer(norm(r)), a final norm, a read-out. The
+mixer is the architecture. State goes in and out as one :class:`LayerState` for each layer.
 """
 
 from __future__ import annotations
@@ -110,11 +110,11 @@ class Stack(HookedModule):
 
         ``x``: (batch, pos, d_in), or integers (batch, pos) for a language model. ``state``: what an earlier call
         returned, so that chunks equal the whole. ``stop_at_layer=k``: the residual stream before block k instead;
-        ``start_at_layer=k``: ``x`` is that residual stream, (batch, pos, d_model). Both count from the end where negative,
-        as in TransformerLens.
+        ``start_at_layer=k``: ``x`` is that residual stream, (batch, pos, d_model). Both count from the end where
+        negative, as in TransformerLens.
 
-        Raises :class:`BadArgument` for an input or a state of another shape, :class:`NonFinite` for NaN or inf, with the
-        place where it first appears.
+        Raises :class:`BadArgument` for an input or a state of another shape, :class:`NonFinite` for NaN or inf, with
+        the place where it first appears.
         """
         self.runs += 1
         self.last_stop = stop_at_layer

@@ -63,10 +63,11 @@ def convolution(
         raise BadArgument(f"x is (batch, pos, channels) and kernel (channels, pos); {found}")
     if kernel.shape[1] < x.shape[1]:
         raise BadArgument(f"a kernel of {kernel.shape[1]} taps is too short for {x.shape[1]} positions")
-    if x.device != kernel.device or x.is_complex() or kernel.is_complex():
-        raise BadArgument(
-            f"x ({x.dtype}, {x.device}) and kernel ({kernel.dtype}, {kernel.device}) must be real and on one device"
-        )
+    if x.device != kernel.device or not x.is_floating_point() or not kernel.is_floating_point():
+        found = f"x is {x.dtype} on {x.device}, kernel {kernel.dtype} on {kernel.device}"
+        raise BadArgument(f"x and kernel must be real floating-point numbers on one device; {found}")
+    if not x.numel():
+        raise BadArgument(f"x has shape {tuple(x.shape)}; there is nothing to convolve")
     length = x.shape[1]
     compute = torch.promote_types(torch.promote_types(x.dtype, kernel.dtype), torch.float32)
     run = _direct if length <= DIRECT else _by_fft

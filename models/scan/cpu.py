@@ -230,13 +230,29 @@ def _run_scan(kernel: Callable[..., None], arrays: tuple[np.ndarray, ...]) -> No
     _run(kernel, batch * groups, groups, batch * length * lanes, arrays)
 
 
-def _run(kernel: Callable[..., None], units: int, groups: int, work: int, args: tuple[Any, ...]) -> None:
-    """Call ``kernel`` on all units, cut into one range for each thread that is worth starting."""
-    alone = threading.current_thread() is not threading.main_thread() or os.getpid() != _IMPORTING_PROCESS
+def _run(
+    kernel: Callable[..., None], units: int, groups: int, work: int, args: tuple[Any, ...]
+) -> None:
+    """Call ``kernel`` on all units, by as many threads as that is worth.
+
+    Each takes the next piece when it has done one, since torch's own idle threads may still spin on a core.
+    """
+    alone = (
+        threading.current_thread() is not threading.main_thread() or os.getpid() != _IMPORTING_PROCESS
+    )
     threads = 1 if alone else min(torch.get_num_threads(), units, 1 + work // _WORTH_A_THREAD)
-    cuts = [units * k // threads for k in range(threads + 1)]
-    others = [_pool(threads - 1).submit(kernel, cuts[k], cuts[k + 1], groups, *args) for k in range(1, threads)]
-    kernel(cuts[0], cuts[1], groups, *args)
+    pieces = 1 if threads == 1 else min(units, 4 * threads)
+    queue = iter([(units * k // pieces, units * (k + 1) // pieces) for k in range(pieces)])
+
+    def take() -> None:
+        for first, last in queue:
+            try:
+                kernel(first, last, groups, *args)
+            except OSError:  # a full disk: numba could not save what it compiled, but it has it, and nothing ran yet
+                kernel(first, last, groups, *args)
+
+    others = [_pool(threads - 1).submit(take) for _ in range(threads - 1)]
+    take()
     for other in others:
         other.result()
 

@@ -13,23 +13,23 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
-# Sums over lanes may be reassociated (they vectorise only then) and multiply-adds fused; NaN, inf and signed zero
-# keep their meaning, which plain "fast" would give up.
-_RELAXED = frozenset({"reassoc", "contract"})
-_STRICT = frozenset({"contract"})
+# Sums over lanes may be reassociated (they vectorise only then) and multiply-adds fused; NaN, inf and
+# signed zero keep their meaning, which plain "fast" would give up.
+_OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
 
 
-def compiled(relaxed: bool = True) -> Callable[[Callable[..., Any]], Any]:
-    """``njit`` that releases the GIL and keeps its machine code on disk where numba finds a writable folder."""
-    fastmath = set(_RELAXED if relaxed else _STRICT)
+def compiled(function: Callable[..., Any]) -> Any:
+    """A kernel: machine code that holds no GIL, kept on disk where numba finds a writable folder."""
+    options = {**_OPTIONS, "fastmath": {"reassoc", "contract"}}
+    try:
+        return njit(cache=True, **options)(function)
+    except RuntimeError:  # no writable folder anywhere: compile anew in every process
+        return njit(**options)(function)
 
-    def decorate(function: Callable[..., Any]) -> Any:
-        try:
-            return njit(nogil=True, error_model="numpy", fastmath=fastmath, cache=True)(function)
-        except RuntimeError:  # no writable folder anywhere: compile anew in every process
-            return njit(nogil=True, error_model="numpy", fastmath=fastmath)(function)
 
-    return decorate
+def inlined(function: Callable[..., Any]) -> Any:
+    """A function for use in kernels, whose own arithmetic is not reassociated."""
+    return njit(fastmath={"contract"}, **_OPTIONS)(function)
 
 
 @intrinsic(prefer_literal=True)
@@ -78,7 +78,7 @@ _LN2_HIGH64, _LN2_LOW64 = 0.6931471787393093, 1.8206359985041462e-09
 _SHIFT64, _BIAS64 = np.int64(52), np.int64(1022 << 52)
 
 
-@compiled(relaxed=False)
+@inlined
 def exp32(value):  # type: ignore[no-untyped-def]
     """e^value in float32, as 2 e^r · 2^(k−1) with k = round(value / ln 2): a polynomial and the exponent bits.
 
@@ -102,7 +102,7 @@ def exp32(value):  # type: ignore[no-untyped-def]
     return p * _reinterpret(np.int32(np.int32(_reinterpret(shifted) << _SHIFT32) + _BIAS32))
 
 
-@compiled(relaxed=False)
+@inlined
 def exp64(value):  # type: ignore[no-untyped-def]
     """e^value in float64, made like ``exp32``."""
     value = _HIGH64 if value > _HIGH64 else value

@@ -23,7 +23,7 @@ from __future__ import annotations
 import numpy as np
 from numba import carray
 
-from models.scan.exponential import compiled, exp, stack
+from models.scan.exponential import compiled, exp, inlined, stack
 
 LANES = 32
 STATES = 16
@@ -32,7 +32,7 @@ _TILE = STATES * LANES
 _CHUNK_TILE = CHUNK * _TILE
 
 
-@compiled()
+@compiled
 def forward(first, last, groups, x, delta_decay, delta_write, A, B, C, h0, y, h_last, saved, states, guarded):  # type: ignore[no-untyped-def]  # noqa: E501
     """y, h_last and, where given room, the states at chunk starts and all states, for units first … last − 1.
 
@@ -103,13 +103,13 @@ def forward(first, last, groups, x, delta_decay, delta_write, A, B, C, h0, y, h_
                         h_last[b, start + j, n0 + n] = h[n, j]
 
 
-@compiled()
+@inlined
 def wins(a, b, zero):  # type: ignore[no-untyped-def]
     """a · b, and exactly 0 wherever either is 0."""
     return zero if (a == zero or b == zero) else a * b
 
 
-@compiled()
+@compiled
 def backward(first, last, groups, x, delta_decay, delta_write, A, B, C, h0, saved, g_y, g_last, g_states, g_x, g_delta_decay, g_delta_write, g_A, g_B, g_C, g_h0, guarded):  # type: ignore[no-untyped-def]  # noqa: E501
     """Gradients of every operand from those of y, of the last state and of all states, for a range of units.
 
@@ -259,7 +259,7 @@ def backward(first, last, groups, x, delta_decay, delta_write, A, B, C, h0, save
                         g_h0[b, start + j, n0 + n] = adjoint[n, j]
 
 
-@compiled()
+@compiled
 def scan_forward(first, last, groups, decay, write, h0, states):  # type: ignore[no-untyped-def]
     """All states of the materialised recurrence; every array is (batch, pos, lanes), h0 (batch, lanes) or empty.
 
@@ -285,7 +285,7 @@ def scan_forward(first, last, groups, decay, write, h0, states):  # type: ignore
                 states[b, t, begin + j] = past[j]
 
 
-@compiled()
+@compiled
 def scan_backward(first, last, groups, decay, h0, states, g_states, g_decay, g_write, g_h0):  # type: ignore[no-untyped-def]  # noqa: E501
     """g_write_t = λ_t, g_decay_t = λ_t h_{t−1} with λ_t = g_states_t + decay_{t+1} λ_{t+1}; g_h0 is always there."""
     length, lanes = decay.shape[1], decay.shape[2]

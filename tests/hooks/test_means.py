@@ -87,7 +87,7 @@ def test_number_of_reference_prompts_is_free_and_their_length_is_not(make: Calla
 def test_reference_prompts_are_run_clean(
     make: Callable[..., Any], x: Tensor, leftovers: Callable[[Any], list[str]]
 ) -> None:
-    """Neither the edits around, nor the edits beside it, nor hooks touch the reference run; they are there again after it."""
+    """Neither edits around, nor edits beside it, nor hooks touch the reference run; they are there again after it."""
     model = make()
     others = torch.randn(6, 11, 5, dtype=x.dtype)
     expected = hooks.record(model, others, DELTA)[DELTA].mean(0)

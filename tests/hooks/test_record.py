@@ -124,7 +124,7 @@ def test_grad_keeps_the_graph_and_its_absence_does_not(make: Callable[..., Any],
 
 @pytest.mark.law
 def test_the_gradient_at_hook_write_is_that_of_the_state(make: Callable[..., Any], x: Tensor) -> None:
-    """∂L/∂h_t through all later states is the gradient at ``hook_write``; at ``hook_state`` it is the read-out's alone."""
+    """∂L/∂h_t through all later states is the gradient at ``hook_write``; ``hook_state`` has the read-out's alone."""
     model = make()
     sites = [f"blocks.1.mixer.{kind}" for kind in ("hook_decay", "hook_write", "hook_state")]
     found = hooks.record(model, x, sites, grad=True)

@@ -156,7 +156,7 @@ def test_gradients_in_the_cache(make: Callable[..., Any], x: Tensor, leftovers: 
         model.run_with_cache(x, names_filter=[DELTA, LAYER + "hook_state_init"], incl_bwd=True)
     assert leftovers(model) == []
     _, everything = model.run_with_cache(x, incl_bwd=True)
-    assert f"{LAYER}hook_decay_grad" in everything.keys() and f"{LAYER}hook_state_init_grad" not in everything.keys()
+    assert f"{LAYER}hook_decay_grad" in everything and f"{LAYER}hook_state_init_grad" not in everything
 
 
 @pytest.mark.hygiene
@@ -183,7 +183,7 @@ def test_stop_at_layer(make: Callable[..., Any], x: Tensor, leftovers: Callable[
     for stop in (0, 1, 2, -1, -3):
         output, cache = model.run_with_cache(x, stop_at_layer=stop)
         torch.testing.assert_close(output, found[f"blocks.{stop % 3}.hook_resid_pre"])
-        assert "head.hook_out" not in cache.keys()
+        assert "head.hook_out" not in cache
     with pytest.raises(hooks.DidNotFire, match=r"blocks\.2.*stop_at_layer=1"):
         model.run_with_cache(x, names_filter="blocks.2.mixer.hook_delta", stop_at_layer=1)
     with pytest.raises(hooks.DidNotFire, match="stop_at_layer=1"):

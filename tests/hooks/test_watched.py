@@ -1,4 +1,4 @@
-"""Which path the scan takes: the materialised one exactly where somebody looks at a 4-D site, the fused one elsewhere."""
+"""Which path the scan takes: the materialised one exactly where somebody looks at a 4-D site, else the fused one."""
 
 # ruff: noqa: SIM117, for nnsight needs its `with` on a line of its own
 
@@ -178,7 +178,7 @@ def test_another_module_in_the_slot(
     mixer, point = model.blocks[1].mixer, model.hook_dict[LAYER + kind]
     spliced = Halved()
     setattr(mixer, kind, spliced)
-    output, state = model(x, return_state=True)
+    output, _ = model(x, return_state=True)
     assert count_fused() == 1
     torch.testing.assert_close(output, expected)
     output.sum().backward()
@@ -285,7 +285,7 @@ def test_an_nnsight_trace_that_raises_leaves_the_fused_path(
 def test_expose_forces_the_path_and_changes_no_value(
     make: Callable[..., Any], x: Tensor, count_fused: Callable[[], int], leftovers: Callable[[Any], list[str]]
 ) -> None:
-    """Trap 10: fused and materialised differ by rounding; with both exposed, patching clean into clean is exactly nothing."""
+    """Trap 10: fused and materialised differ by rounding; with both exposed, patching clean into clean is nothing."""
     model = make()
     fused = model(x)
     count_fused()
