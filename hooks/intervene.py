@@ -40,14 +40,14 @@ def edit(
 ) -> Iterator[Edited]:
     """Inside the block every run of ``model`` has the edits made; ``edits`` is ``{pattern: edit}`` or ``do_state(…)``.
 
-    An edit is one of ``hooks.zero() mean() scale() add() set_to() resample() freeze()`` or a function, tensor to tensor.
+    An edit is one of ``hooks.zero() mean() scale() add() set_to() resample() freeze()`` or a tensor function.
     On ``hook_state`` it propagates (see ``hooks/propagate.py``); ``readout_only=True`` changes what is read out at that
     position and nothing later. ``backward={pattern: function}`` edits gradients. Edits of the same site act in the
     order in which they are given; nested blocks act from the outside in.
 
-    Raises :class:`UnknownSite` before anything is changed, :class:`DidNotFire` on exit where an edit's site did not fire
-    (never hiding an exception of the body), :class:`BadArgument` for an edit that does not fit its site. Nothing is
-    left behind.
+    Raises :class:`UnknownSite` before anything is changed, :class:`DidNotFire` on exit where the site of an edit did
+    not fire (never hiding an exception of the body), :class:`BadArgument` for an edit that does not fit its site.
+    Nothing is left behind.
     """
     plan = [(name, as_edit(given, name)) for pattern, given in _pairs(edits) for name in resolve(model, pattern)]
     gradients = [(name, fn) for pattern, fn in (backward or {}).items() for name in resolve(model, pattern)]

@@ -52,9 +52,7 @@ def pack(model: nn.Module, optimizer: torch.optim.Optimizer, rng: Tensor) -> dic
     return {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
 
 
-def unpack(
-    tensors: Mapping[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer
-) -> Tensor:
+def unpack(tensors: Mapping[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer) -> Tensor:
     """Put back what :func:`pack` took, and return the (process, bytes) RNG states."""
     prefix = "model/"
     weights = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
@@ -114,9 +112,7 @@ def keep(
     accelerator.wait_for_everyone()
 
 
-def go_on(
-    path: Path, accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
-) -> dict[str, Any]:
+def go_on(path: Path, accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """The progress in ``path``, with model, optimizer and generator put back; else a start.
 
     Raises :class:`BadArgument` for a file that is damaged, of another model, or of another number
@@ -172,8 +168,7 @@ def only_one(folder: Path) -> Iterator[None]:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 raise BadArgument(
-                    f"another training is running in {folder.parent}; wait for it or give "
-                    "another --out"
+                    f"another training is running in {folder.parent}; wait for it or give another --out"
                 ) from error
         yield
     finally:

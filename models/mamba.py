@@ -15,7 +15,8 @@ is here:
 
 Glossary: batch, pos; d_model residual width; d_inner channels; d_state numbers of state for each channel (N); taps =
 d_conv − 1 inputs before the prompt. A is (d_inner, d_state), real and negative; the step, the decay and the scan are
-computed in at least fp32. ``selective=False`` is the time-invariant twin: the same block with Δ, B and C learned constants.
+computed in at least fp32. ``selective=False`` is the time-invariant twin: the same block with Δ, B and C learned
+constants.
 """
 
 from __future__ import annotations
@@ -61,6 +62,11 @@ class MambaConfig:
         for name in ("d_model", "n_layers", "d_state", "d_conv", "expand", "d_in", "d_out"):
             if getattr(self, name) < 1:
                 raise BadArgument(f"{name}={getattr(self, name)}: it must be at least 1")
+
+    @property
+    def device(self) -> str:
+        """Where TransformerLens' ``patching`` collects its numbers; says nothing of where the model is."""
+        return "cpu"
 
     @property
     def d_inner(self) -> int:

@@ -78,6 +78,11 @@ class S4DConfig:
         if not 0 < self.dt_min <= self.dt_max < math.inf:
             raise BadArgument(f"dt_min={self.dt_min}, dt_max={self.dt_max}: it must be 0 < dt_min ≤ dt_max")
 
+    @property
+    def device(self) -> str:
+        """Where TransformerLens' ``patching`` collects its numbers; says nothing of where the model is."""
+        return "cpu"
+
 
 class S4DMixer(nn.Module):
     """The diagonal state-space layer; sites in the order in which they fire."""

@@ -230,16 +230,12 @@ def _run_scan(kernel: Callable[..., None], arrays: tuple[np.ndarray, ...]) -> No
     _run(kernel, batch * groups, groups, batch * length * lanes, arrays)
 
 
-def _run(
-    kernel: Callable[..., None], units: int, groups: int, work: int, args: tuple[Any, ...]
-) -> None:
+def _run(kernel: Callable[..., None], units: int, groups: int, work: int, args: tuple[Any, ...]) -> None:
     """Call ``kernel`` on all units, by as many threads as that is worth.
 
     Each takes the next piece when it has done one, since torch's own idle threads may still spin on a core.
     """
-    alone = (
-        threading.current_thread() is not threading.main_thread() or os.getpid() != _IMPORTING_PROCESS
-    )
+    alone = threading.current_thread() is not threading.main_thread() or os.getpid() != _IMPORTING_PROCESS
     threads = 1 if alone else min(torch.get_num_threads(), units, 1 + work // _WORTH_A_THREAD)
     pieces = 1 if threads == 1 else min(units, 4 * threads)
     queue = iter([(units * k // pieces, units * (k + 1) // pieces) for k in range(pieces)])

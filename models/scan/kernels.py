@@ -33,7 +33,7 @@ _CHUNK_TILE = CHUNK * _TILE
 
 
 @compiled
-def forward(first, last, groups, x, delta_decay, delta_write, A, B, C, h0, y, h_last, saved, states, guarded):  # type: ignore[no-untyped-def]  # noqa: E501
+def forward(first, last, groups, x, delta_decay, delta_write, A, B, C, h0, y, h_last, saved, states, guarded):  # type: ignore[no-untyped-def]
     """y, h_last and, where given room, the states at chunk starts and all states, for units first … last − 1.
 
     A is (d_state, padded d_inner), saved (batch, chunks − 1, d_state, padded d_inner); the rest as in `reference`.
@@ -110,7 +110,30 @@ def wins(a, b, zero):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def backward(first, last, groups, x, delta_decay, delta_write, A, B, C, h0, saved, g_y, g_last, g_states, g_x, g_delta_decay, g_delta_write, g_A, g_B, g_C, g_h0, guarded):  # type: ignore[no-untyped-def]  # noqa: E501
+def backward(
+    first,
+    last,
+    groups,
+    x,
+    delta_decay,
+    delta_write,
+    A,
+    B,
+    C,
+    h0,
+    saved,
+    g_y,
+    g_last,
+    g_states,
+    g_x,
+    g_delta_decay,
+    g_delta_write,
+    g_A,
+    g_B,
+    g_C,
+    g_h0,
+    guarded,
+):  # type: ignore[no-untyped-def]
     """Gradients of every operand from those of y, of the last state and of all states, for a range of units.
 
     With λ_t the gradient of h_t, everything that comes later included: λ_t = C_t g_y + decay_{t+1} λ_{t+1}. The
@@ -286,7 +309,7 @@ def scan_forward(first, last, groups, decay, write, h0, states):  # type: ignore
 
 
 @compiled
-def scan_backward(first, last, groups, decay, h0, states, g_states, g_decay, g_write, g_h0):  # type: ignore[no-untyped-def]  # noqa: E501
+def scan_backward(first, last, groups, decay, h0, states, g_states, g_decay, g_write, g_h0):  # type: ignore[no-untyped-def]
     """g_write_t = λ_t, g_decay_t = λ_t h_{t−1} with λ_t = g_states_t + decay_{t+1} λ_{t+1}; g_h0 is always there."""
     length, lanes = decay.shape[1], decay.shape[2]
     zero = decay.dtype.type(0)

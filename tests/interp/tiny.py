@@ -13,6 +13,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
+import torch._dynamo  # the optimizer's first step loads it; here once, and not in every forked child
 from torch import Tensor, nn
 
 from interp import fit, tasks

@@ -217,9 +217,7 @@ def test_memory_that_is_not_contiguous_and_one_delta_in_both_roles() -> None:
     def run(function: Callable[..., tuple[Tensor, Tensor]]) -> list[Tensor]:
         # B and C: two slices of one tensor, with a stride; A, h0: expanded
         wide = torch.cat([B, B, B], -1)
-        outputs = function(
-            x, delta, delta, A.expand(6, 5), wide[..., :5], wide[..., 1:], h0.expand(3, 6, 5)
-        )
+        outputs = function(x, delta, delta, A.expand(6, 5), wide[..., :5], wide[..., 1:], h0.expand(3, 6, 5))
         # the gradient that arrives is expanded as well, as that of a plain sum is
         return [*outputs, *torch.autograd.grad(outputs[0].sum() + outputs[1].sum(), [x, delta, A, B, h0])]
 
@@ -364,7 +362,6 @@ def test_compiled_exponential(dtype: torch.dtype) -> None:
     exponent = torch.linspace(-1.1 * largest, 1.1 * largest, 40_001, dtype=dtype)
     exponent = torch.cat([exponent, torch.tensor([0.0, -0.0, INF, -INF, largest], dtype=dtype)])
     row = exponent[None, None]
-    one = torch.ones(1, 1, 1, dtype=dtype)
     ones, nothing = torch.ones_like(row), torch.zeros_like(row)
     wide = torch.ones(1, row.shape[2], 1, dtype=dtype)
     states = selective_states(nothing, row, ones, wide[0], torch.ones(1, 1, 1, dtype=dtype), wide).flatten()
@@ -450,9 +447,7 @@ def threads() -> Iterator[Callable[[int], None]]:
 
 @pytest.mark.law
 @pytest.mark.parametrize("shape", [(1, 50, 200, 16), (30, 20, 40, 8)], ids=str)
-def test_same_bits_for_any_number_of_threads(
-    shape: tuple[int, int, int, int], threads: Callable[[int], None]
-) -> None:
+def test_same_bits_for_any_number_of_threads(shape: tuple[int, int, int, int], threads: Callable[[int], None]) -> None:
     given = operands(*shape, dtype=torch.float32)
     threads(1)
     alone = everything(given)
