@@ -85,7 +85,7 @@ def test_weights_are_looked_at_once_while_they_do_not_change(
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_at_a_site(make: Callable[..., Any], x: Tensor, leftovers: Callable[[Any], list[str]], variant: str) -> None:
     """Every site in turn: its name, and the first place; what was on the model is as it was."""
-    model = make(variant)
+    model = make(variant, n_layers=1)
     for name in model.hook_dict:
 
         def spoil(value: Tensor, hook: Any) -> Tensor:

@@ -453,7 +453,7 @@ def test_random_combinations_equal_an_always_exposed_copy(make: Callable[..., An
     names, clean = list(model.hook_dict), model(x)
     draw, different = random.Random(7), 0
     with hooks.expose(exposed):
-        for _ in range(40):
+        for _ in range(30):
             edits = [(draw.choice(IDIOMS), draw.choice(names), draw.choice(CHANGES)) for _ in range(draw.randrange(4))]
             reads = draw.sample(names, draw.randrange(4)) or ["hook_embed"]
             results = []
@@ -467,4 +467,4 @@ def test_random_combinations_equal_an_always_exposed_copy(make: Callable[..., An
             story = [(idiom.__name__, name) for idiom, name, _ in edits], reads
             torch.testing.assert_close(results[0], results[1], msg=lambda m, s=story: f"{s}: {m}")
             different += not torch.allclose(results[0][0], clean)
-    assert different > 20, "the edits do something"
+    assert different > 15, "the edits do something"
