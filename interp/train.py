@@ -132,7 +132,9 @@ def train(
 def _accelerator(config: TrainConfig, device: str) -> Accelerator:
     wanted = usable_device(device)
     mixed = "bf16" if config.precision == "bf16" else "no"
+    threads = torch.get_num_threads()
     accelerator = Accelerator(cpu=wanted.type == "cpu", mixed_precision=mixed)
+    torch.set_num_threads(threads)  # with several processes accelerate chooses another number
     if accelerator.device.type != wanted.type:
         raise BadArgument(
             f"accelerate has chosen {accelerator.device.type}, not {device}; try --device {accelerator.device.type}"

@@ -179,7 +179,7 @@ class _Scan(torch.autograd.Function):
 
         states = pages.empty(tuple(write.shape), write.dtype)
         arrays = (_lanes(tensor, 2) for tensor in (decay, write))
-        _run_scan(kernels.scan_forward, (*arrays, _lanes(h0, 1, write), _lanes(states, 2)))
+        _run_scan(kernels.scan_forward, kernels.WIDTH, (*arrays, _lanes(h0, 1, write), _lanes(states, 2)))
         return states
 
     @staticmethod
@@ -196,7 +196,9 @@ class _Scan(torch.autograd.Function):
         g_decay, g_write = (pages.empty(tuple(write.shape), write.dtype) for _ in range(2))
         g_h0 = torch.empty((write.shape[0], *write.shape[2:]), dtype=write.dtype)
         given = (_lanes(decay, 2), _lanes(h0, 1, write), _lanes(states, 2), _lanes(grad, 2))
-        _run_scan(kernels.scan_backward, (*given, _lanes(g_decay, 2), _lanes(g_write, 2), _lanes(g_h0, 1)))
+        _run_scan(
+            kernels.scan_backward, kernels.WIDTH, (*given, _lanes(g_decay, 2), _lanes(g_write, 2), _lanes(g_h0, 1))
+        )
         return g_decay, g_write, None if h0 is None else g_h0
 
 
@@ -224,9 +226,9 @@ def _lanes(tensor: Tensor | None, leading: int, like: Tensor | None = None) -> n
     return tensor.detach().contiguous().reshape(shape).numpy()
 
 
-def _run_scan(kernel: Callable[..., None], arrays: tuple[np.ndarray, ...]) -> None:
+def _run_scan(kernel: Callable[..., None], width: int, arrays: tuple[np.ndarray, ...]) -> None:
     batch, length, lanes = arrays[0].shape
-    groups = min(-(-lanes // 64), -(-_UNITS // batch))
+    groups = -(-lanes // width)
     _run(kernel, batch * groups, groups, batch * length * lanes, arrays)
 
 

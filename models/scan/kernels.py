@@ -27,6 +27,7 @@ from models.scan.exponential import compiled, exp, inlined, stack
 
 LANES = 32
 STATES = 16
+WIDTH = 256  # lanes of one unit of the materialised scan
 CHUNK = 16  # steps from one saved state to the next; the backward recomputes one chunk's states at a time
 _TILE = STATES * LANES
 _CHUNK_TILE = CHUNK * _TILE
@@ -286,50 +287,67 @@ def backward(
 def scan_forward(first, last, groups, decay, write, h0, states):  # type: ignore[no-untyped-def]
     """All states of the materialised recurrence; every array is (batch, pos, lanes), h0 (batch, lanes) or empty.
 
-    Bound by memory, so the rule that a zero wins is always on.
+    One group for every WIDTH lanes. Bound by memory, so the rule that a zero wins is always on.
     """
     length, lanes = decay.shape[1], decay.shape[2]
+    past = carray(stack(decay, WIDTH), (WIDTH,))
     zero = decay.dtype.type(0)
     for unit in range(first, last):
         b = unit // groups
-        group = unit % groups
-        begin = group * lanes // groups
-        end = (group + 1) * lanes // groups
-        past = np.zeros(end - begin, decay.dtype)
-        if h0.size > 0:
-            past[:] = h0[b, begin:end]
-        for t in range(length):
-            for j in range(end - begin):
-                a = decay[b, t, begin + j]
-                carried = a * past[j]
-                if a == zero or (past[j] == zero and a == a):
-                    carried = zero
-                past[j] = carried + write[b, t, begin + j]
-                states[b, t, begin + j] = past[j]
+        for group in range(groups):
+            if group != unit % groups:
+                continue
+            start = group * WIDTH
+            width = min(WIDTH, lanes - start)
+            for j in range(width):
+                past[j] = h0[b, start + j] if h0.size > 0 else zero
+            for t in range(length):
+                for j in range(width):
+                    a = decay[b, t, start + j]
+                    carried = a * past[j]
+                    if a == zero or (past[j] == zero and a == a):
+                        carried = zero
+                    past[j] = carried + write[b, t, start + j]
+                for j in range(width):
+                    states[b, t, start + j] = past[j]
 
 
 @compiled
 def scan_backward(first, last, groups, decay, h0, states, g_states, g_decay, g_write, g_h0):  # type: ignore[no-untyped-def]
     """g_write_t = λ_t, g_decay_t = λ_t h_{t−1} with λ_t = g_states_t + decay_{t+1} λ_{t+1}; g_h0 is always there."""
     length, lanes = decay.shape[1], decay.shape[2]
+    adjoint = carray(stack(decay, WIDTH), (WIDTH,))
+    past = carray(stack(decay, WIDTH), (WIDTH,))
+    out = carray(stack(decay, WIDTH), (WIDTH,))
     zero = decay.dtype.type(0)
     for unit in range(first, last):
         b = unit // groups
-        group = unit % groups
-        begin = group * lanes // groups
-        end = (group + 1) * lanes // groups
-        carried = np.zeros(end - begin, decay.dtype)
-        start = np.zeros(end - begin, decay.dtype)
-        if h0.size > 0:
-            start[:] = h0[b, begin:end]
-        for t in range(length - 1, -1, -1):
-            for j in range(end - begin):
-                lam = carried[j] + g_states[b, t, begin + j]
-                past = states[b, t - 1, begin + j] if t > 0 else start[j]
-                a = decay[b, t, begin + j]
-                g_write[b, t, begin + j] = lam
-                g_decay[b, t, begin + j] = wins(lam, past, zero)
-                if a == zero and not np.isfinite(past):
-                    g_decay[b, t, begin + j] = zero
-                carried[j] = wins(a, lam, zero)
-        g_h0[b, begin:end] = carried
+        for group in range(groups):
+            if group != unit % groups:
+                continue
+            start = group * WIDTH
+            width = min(WIDTH, lanes - start)
+            for j in range(width):
+                adjoint[j] = zero
+            for t in range(length - 1, -1, -1):
+                if t > 0:
+                    for j in range(width):
+                        past[j] = states[b, t - 1, start + j]
+                else:
+                    for j in range(width):
+                        past[j] = h0[b, start + j] if h0.size > 0 else zero
+                for j in range(width):
+                    adjoint[j] += g_states[b, t, start + j]
+                for j in range(width):
+                    g_write[b, t, start + j] = adjoint[j]
+                for j in range(width):
+                    a = decay[b, t, start + j]
+                    lam = adjoint[j]
+                    # at a cut the derivative λ h_{t−1} of an infinite past counts as 0 (see `reference._Carry`)
+                    lost = a == zero and not np.isfinite(past[j])
+                    out[j] = zero if lost else wins(lam, past[j], zero)
+                    adjoint[j] = wins(a, lam, zero)
+                for j in range(width):
+                    g_decay[b, t, start + j] = out[j]
+            for j in range(width):
+                g_h0[b, start + j] = adjoint[j]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import multiprocessing
 import os
 import socket
@@ -128,25 +129,27 @@ def test_mixed_precision_changes_the_arithmetic_and_not_the_weights_type(tmp_pat
             torch.testing.assert_close(weights(mixed)[name], value, rtol=0.3, atol=0.05)
 
 
-SCRIPT = """
-import sys
-from pathlib import Path
-from typing import Any
-sys.path.insert(0, {root!r})
-from tests.interp import tiny
-print(tiny.go(Path({out!r})).card["processes"])
-"""
+SMALL = [
+    *("--task", "linreg", "--model", "mamba", "--task-config", "d=2", "n_pairs=5"),
+    *("--model-config", "d_model=8", "n_layers=2", "d_state=4", "--batch-size", "8"),
+    *("--learning-rates", "0.01", "--steps", "6", "--json", "--out"),
+]
 
 
 @pytest.mark.slow
-def test_accelerate_launch_starts_two_processes(tmp_path: Path) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT.format(root=str(ROOT), out=str(tmp_path / "launched")))
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_machines", "1"]
-    command += ["--num_processes", "2", "--main_process_port", str(free_port())]
-    command += ["--mixed_precision", "no", "--dynamo_backend", "no", str(script)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+@pytest.mark.parametrize(
+    ("launcher", "processes", "precision"),
+    [
+        (["torch.distributed.run", "--nproc_per_node=2", "--master_addr=127.0.0.1"], 2, "fp32"),
+        # accelerate starts several processes of its own on GPUs, and on CPUs through MPI only.
+        (["accelerate.commands.launch", "--cpu", "--mixed_precision", "bf16"], 1, "bf16"),
+    ],
+)
+def test_the_launchers_start_the_command(tmp_path: Path, launcher: list[str], processes: int, precision: str) -> None:
+    command = [sys.executable, "-m", *launcher, "-m", "analyses.train", *SMALL, str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_PORT": str(free_port())}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.split() == ["2", "2"]
-    assert same(weights(tmp_path / "launched"), weights(trained(tmp_path / "forked")))
+    card = json.loads(done.stdout)["card"]  # printed once, whatever the number of processes
+    assert card["processes"] == processes
+    assert card["recipe"]["precision"] == precision

@@ -1,0 +1,249 @@
+"""The scan functions as a door: refusals, threads and processes, what a process pays for, the CUDA wrapper."""
+
+from __future__ import annotations
+
+import inspect
+import multiprocessing
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from hooks.errors import BadArgument
+from models.scan import cpu, cuda, reference, scan, selective_scan, selective_states
+from tests.models.test_scan import NAMES, compare, gradients, operands
+from tests.tolerances import assert_matches
+
+# --- refusals ---------------------------------------------------------------------------------
+
+unchecked_scan = inspect.unwrap(scan)  # below the tests' own shape checks
+unchecked_selective_scan = inspect.unwrap(selective_scan)
+unchecked_selective_states = inspect.unwrap(selective_states)
+
+
+def spoiled(value: Tensor) -> Iterator[tuple[str, object]]:
+    """Everything that an edit or a caller can get wrong about one operand."""
+    yield "dtype", value.float()
+    yield "dtype", value.long()
+    yield "device", value.to("meta")
+    yield "tensor", value.numpy()
+    yield "shape", value[..., None]
+    yield "shape", value[0]
+    for axis in range(value.ndim):
+        yield "shape", value.narrow(axis, 0, value.shape[axis] - 1)
+        yield "shape", value.mean(axis, keepdim=True)
+        yield "shape", value.narrow(axis, 0, 0)
+
+
+@pytest.mark.contract
+@pytest.mark.parametrize("name", NAMES)
+def test_selective_operands_are_checked(name: str) -> None:
+    for reason, wrong in spoiled(operands(3, 4, 5, 2)[name].detach()):
+        given: dict[str, object] = {key: value.detach() for key, value in operands(3, 4, 5, 2).items()}
+        unchecked_selective_scan(*given.values())
+        given[name] = wrong
+        with pytest.raises(BadArgument) as error:
+            unchecked_selective_scan(*given.values())
+        assert "\n" not in str(error.value) and (reason != "dtype" or "dtype" in str(error.value))
+        if name != "C":
+            del given["C"]
+            with pytest.raises(BadArgument):
+                unchecked_selective_states(*given.values())
+
+
+@pytest.mark.contract
+@pytest.mark.parametrize("name", ["decay", "write", "h0"])
+def test_scan_operands_are_checked(name: str) -> None:
+    right = {"decay": torch.rand(3, 4, 5, 2), "write": torch.rand(3, 4, 5, 2), "h0": torch.rand(3, 5, 2)}
+    right = {key: value.double() for key, value in right.items()}
+    for _, wrong in spoiled(right[name]):
+        given: dict[str, object] = dict(right)
+        unchecked_scan(*given.values())
+        given[name] = wrong
+        with pytest.raises(BadArgument, match=r"^[^\n]+$"):
+            unchecked_scan(*given.values())
+
+
+# --- threads ----------------------------------------------------------------------------------
+
+
+def everything(given: dict[str, Tensor]) -> list[Tensor]:
+    """Outputs and gradients of all three functions."""
+    y, h_last = selective_scan(*given.values())
+    grads = gradients((y, h_last), list(given.values()))
+    states = selective_states(*[value for name, value in given.items() if name != "C"])
+    decay = torch.sigmoid(states)
+    again = scan(decay, states)
+    return [y, h_last, *grads, states, again, *gradients((again,), [given["x"]])]
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.law
+@pytest.mark.parametrize("shape", [(1, 50, 200, 16), (30, 20, 40, 8)], ids=str)
+def test_same_bits_for_any_number_of_threads(shape: tuple[int, int, int, int], threads: Callable[[int], None]) -> None:
+    given = operands(*shape, dtype=torch.float32)
+    threads(1)
+    alone = everything(given)
+    for number in (2, 3):
+        threads(number)
+        for one, other in zip(everything(given), alone, strict=True):
+            assert torch.equal(one, other)
+    from_other_threads: list[list[Tensor]] = []
+    others = [threading.Thread(target=lambda: from_other_threads.append(everything(given))) for _ in range(2)]
+    for other in others:
+        other.start()
+    for other in others:
+        other.join()
+    assert len(from_other_threads) == 2
+    for found in from_other_threads:
+        assert all(torch.equal(one, other) for one, other in zip(found, alone, strict=True))
+
+
+def in_a_child(given: dict[str, Tensor], answer: Callable[[list[np.ndarray]], None]) -> None:
+    # torch's own pool does not survive a fork either, so its users set this in their workers
+    torch.set_num_threads(1)
+    answer([tensor.detach().numpy() for tensor in everything(given)])
+
+
+@pytest.mark.law
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_child_computes_the_same(threads: Callable[[int], None]) -> None:
+    given = operands(4, 40, 40, 16, dtype=torch.float32)
+    threads(2)
+    here = everything(given)
+    context = multiprocessing.get_context("fork")
+    answers = context.SimpleQueue()
+    child = context.Process(target=in_a_child, args=(given, answers.put))
+    child.start()
+    found = answers.get()
+    child.join(60)
+    assert child.exitcode == 0
+    for one, other in zip(found, here, strict=True):
+        assert torch.equal(torch.from_numpy(one), other.detach())
+
+
+@pytest.mark.law
+def test_pool_serves_the_main_thread_of_the_importing_process_only(
+    threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = operands(4, 40, 40, 16, dtype=torch.float32)
+    asked: list[int] = []
+    pool = cpu._pool
+    monkeypatch.setattr(cpu, "_pool", lambda number: asked.append(number) or pool(number))
+    threads(2)
+    selective_scan(*given.values())
+    assert asked == [1]
+    other = threading.Thread(target=lambda: selective_scan(*given.values()))
+    other.start()
+    other.join()
+    monkeypatch.setattr(cpu, "_IMPORTING_PROCESS", -1)
+    selective_scan(*given.values())
+    assert asked == [1]
+
+
+# --- what a process pays for --------------------------------------------------------------------
+
+
+@pytest.mark.law
+def test_numba_is_imported_by_the_first_scan_and_not_before() -> None:
+    code = (
+        "import sys, torch, models.scan as s; assert 'numba' not in sys.modules;"
+        "one = torch.ones(1, 2, 1); s.scan(one, one); assert 'numba' in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.law
+def test_without_a_folder_for_machine_code_it_is_compiled_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    from numba.core import caching
+
+    from models.scan.exponential import compiled
+
+    assert compiled(twice)._cache.cache_path is not None
+    monkeypatch.setattr(caching.CompileResultCacheImpl, "_locator_classes", [])
+    assert compiled(twice)(4) == 8
+
+
+def twice(number: int) -> int:
+    return 2 * number
+
+
+@pytest.mark.law
+def test_a_disk_that_fills_up_while_compiling_does_not_stop_the_run() -> None:
+    calls = []
+
+    def kernel(first: int, last: int, groups: int) -> None:
+        calls.append((first, last))
+        if len(calls) == 1:
+            raise OSError(28, "No space left on device")
+
+    cpu._run(kernel, units=3, groups=1, work=1, args=())
+    assert calls == [(0, 3), (0, 3)]
+
+
+# --- CUDA: the wrapper, around a stand-in for mamba_ssm's function ------------------------------
+
+
+@pytest.fixture
+def mamba_ssm(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A selective_scan_fn with mamba_ssm's layout, and without the derivatives that mamba_ssm does not have."""
+    calls: list[str] = []
+
+    def selective_scan_fn(
+        u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, *, return_last_state: bool
+    ) -> tuple[Tensor, Tensor]:
+        calls.append("mamba_ssm")
+        u, delta, B, C = (tensor.transpose(1, 2) for tensor in (u, delta, B, C))
+        y, h_last = reference.selective_scan(u, delta, delta, A, B, C)
+        return y.transpose(1, 2), h_last.detach()
+
+    names = ("mamba_ssm", "mamba_ssm.ops", "mamba_ssm.ops.selective_scan_interface")
+    for name in names:
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    sys.modules[names[-1]].selective_scan_fn = selective_scan_fn  # type: ignore[attr-defined]
+    monkeypatch.setattr(cuda, "_installed", lambda: True)
+    return calls
+
+
+@pytest.mark.definition
+def test_mamba_ssm_is_used_where_it_applies(mamba_ssm: list[str]) -> None:
+    given = operands(2, 9, 5, 3, dtype=torch.float32)
+    delta = given["delta_decay"]
+    x, A, B, C = (given[name] for name in ("x", "A", "B", "C"))
+
+    def both(function: Callable[..., tuple[Tensor, Tensor]], last: bool) -> list[Tensor]:
+        y, h_last = function(x, delta, delta, A, B, C, None)
+        loss = y.square().sum() + (h_last.square().sum() if last else 0)
+        first = torch.autograd.grad(loss, [x, delta, A, B, C], retain_graph=True)
+        (slope,) = torch.autograd.grad(loss, delta, create_graph=True)
+        return [y, h_last, *first, torch.autograd.grad(slope.square().sum(), delta)[0]]
+
+    for last in (False, True):
+        for one, other in zip(both(cuda.selective_scan, last), both(reference.selective_scan, last), strict=True):
+            assert_matches(one, other)
+    assert mamba_ssm == ["mamba_ssm"] * 2
+    # two deltas, a carried state or float64 are beyond it
+    cuda.selective_scan(x, delta, given["delta_write"], A, B, C, None)
+    cuda.selective_scan(x, delta, delta, A, B, C, given["h0"])
+    cuda.selective_scan(*(value.double() for value in (x, delta, delta, A, B, C)), None)
+    assert mamba_ssm == ["mamba_ssm"] * 2
+
+
+@pytest.mark.device
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_is_the_definition() -> None:
+    given = {name: value.detach().cuda().requires_grad_() for name, value in operands(2, 33, 16, 8).items()}
+    compare(selective_scan, reference.selective_scan, given)
