@@ -3,7 +3,8 @@
 ``python -m analyses.train --recipe mamba-linreg`` remakes a bundled checkpoint. Flags that are
 given replace the recipe's fields; without ``--recipe`` they start from the defaults. The folder
 ``--out`` then holds ``model.safetensors`` (load it with ``models.load(folder)``), ``recipe.json``
-and ``metrics.jsonl``. Under ``accelerate launch`` several processes share every batch.
+and ``metrics.jsonl``. Under ``accelerate launch`` on GPUs, or ``torchrun -m`` on CPUs, several
+processes share every batch.
 
 Estimand   the error of the trained model at k = d, 2d, 4d examples on 1280 fresh prompts
 Controls   least squares and the task's other estimators on the same prompts; every learning rate

@@ -7,6 +7,16 @@ stats       intervals, paired tests, multiple comparisons   stats.bootstrap(erro
 seeds       named random streams                            seeds.generator("probe", 0)
 """
 
-from interp import estimators, evaluate, seeds, stats, tasks
+from __future__ import annotations
+
+import importlib
+from typing import Any
 
 __all__ = ["estimators", "evaluate", "seeds", "stats", "tasks"]
+
+
+def __getattr__(name: str) -> Any:
+    """A part on first use: a command prints its help without loading torch."""
+    if name in __all__:
+        return importlib.import_module(f"interp.{name}")
+    raise AttributeError(f"interp has no part called {name}")

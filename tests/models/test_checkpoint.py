@@ -24,6 +24,8 @@ from hooks.errors import RunFailed
 from models import checkpoint
 from models.checkpoint import CheckpointError
 
+pytestmark = pytest.mark.contract
+
 SMALL: dict[str, Any] = {"d_model": 8, "n_layers": 2, "d_state": 3, "d_in": 2, "d_out": 1}
 CARD = {
     "task": "linreg",
