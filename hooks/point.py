@@ -57,6 +57,9 @@ def emit(point: nn.Module, value: Tensor, *, shared: bool = False) -> Tensor:
     """
     if shared and watched(point):
         value = value.clone(memory_format=torch.contiguous_format)
+    if value.requires_grad and "forward" in point.__dict__:
+        # nnsight cuts a gradient by the strides of the value; autograd may hand it over with others.
+        value.register_hook(_contiguous)
     out = point(value)
     if out is value:
         return value
@@ -73,6 +76,10 @@ def emit(point: nn.Module, value: Tensor, *, shared: bool = False) -> Tensor:
         raise BadArgument(f"the edit of {name} returned {out.dtype}: the site holds {value.dtype}")
     out = out.to(value.dtype)
     return out if out.shape == value.shape else out.expand(value.shape).contiguous()
+
+
+def _contiguous(gradient: Tensor | None) -> Tensor | None:
+    return None if gradient is None else gradient.contiguous()
 
 
 def watched(*points: nn.Module) -> bool:

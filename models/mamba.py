@@ -149,9 +149,6 @@ class MambaMixer(nn.Module):
         # Copies, not views: nnsight's gradients over several inputs go wrong at strided sites, and a view from a split
         # cannot be edited in place.
         x_in, z = (half.clone(memory_format=torch.contiguous_format) for half in xz.split(width, dim=-1))
-        if x_in.requires_grad:
-            # The convolution's gradient comes back strided, and nnsight reads it by the strides of the value.
-            x_in.register_hook(lambda grad: None if grad is None else grad.contiguous())
         x_in = emit(self.hook_x_in, x_in)
         z = emit(self.hook_gate_pre, z)
         before = _given(None if state is None else state.conv, (r.shape[0], width, taps), x_in, "conv")
