@@ -25,6 +25,9 @@ PY := $(VENV)/bin/python
 PIP_INSTALL := $(PY) -m pip --disable-pip-version-check --no-input install --no-compile -c constraints.txt
 PYTEST := $(PY) -m pytest
 
+# What is imported is compiled once and kept, whatever the caller's environment says: without, every start costs 8 s more.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test test-slow bench check format figure clean
 
 demo: $(VENV)/.installed

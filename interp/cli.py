@@ -30,6 +30,8 @@ from typing import Any, Protocol, TypeVar
 
 import tyro
 
+from interp.heap import keep_freed_memory
+
 DONE, FAILED, WRONG = 0, 1, 2
 ConfigT = TypeVar("ConfigT")
 
@@ -53,6 +55,7 @@ def main(module: ModuleType, argv: Sequence[str] | None = None) -> int:
     """
     try:
         config = parse(module.Config, argv, prog=_prog(module), description=module.__doc__ or "")
+        keep_freed_memory()
         report: Report = module.run(config)
         if hasattr(module, "plot"):
             report = _saved(module, report, getattr(config, "out", None) or Path("out"))

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from hooks.compiled import never_compiled
 from hooks.errors import BadArgument
 from hooks.finite import check_input, check_output, check_weights
 from hooks.point import HookedModule, emit, site
@@ -96,8 +97,7 @@ class Stack(HookedModule):
         self.head = ReadOut(cfg, self.embed)
         self.setup()
 
-    # A compiled forward would not see hooks that are added later; so torch.compile leaves this one alone.
-    @torch.compiler.disable
+    @never_compiled
     def forward(
         self,
         x: Tensor,
