@@ -25,7 +25,7 @@ PY := $(VENV)/bin/python
 PIP_INSTALL := $(PY) -m pip --disable-pip-version-check --no-input install --no-compile -c constraints.txt
 PYTEST := $(PY) -m pytest
 
-# What is imported is compiled once and kept, whatever the caller's environment says: without, every start costs 8 s more.
+# What is imported is compiled once and kept, whatever the caller has set: without that every start takes 8 s more.
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test test-slow bench check format figure clean
@@ -43,7 +43,7 @@ test-slow: $(VENV)/.installed-test
 	$(PYTEST) -m "slow and not benchmark" $(PYTEST_ARGS)
 
 bench: $(VENV)/.installed-test
-	$(PYTEST) tests/benchmarks -m benchmark -s --no-shape-checks $(PYTEST_ARGS)
+	GOMP_SPINCOUNT=10000 $(PYTEST) tests/benchmarks -m benchmark -s --no-shape-checks $(PYTEST_ARGS)
 
 check: $(VENV)/.installed-test
 	$(PY) -m ruff format --check .

@@ -33,6 +33,9 @@ import tyro
 from interp.heap import keep_freed_memory
 
 DONE, FAILED, WRONG = 0, 1, 2
+SHORT_WAIT = ("GOMP_SPINCOUNT", "10000")
+"""How long torch's threads wait in a busy loop for their next task, read when torch is loaded. The default of some
+milliseconds holds the cores that a compiled scan, the next thing to run, needs."""
 ConfigT = TypeVar("ConfigT")
 
 
@@ -56,6 +59,7 @@ def main(module: ModuleType, argv: Sequence[str] | None = None) -> int:
     try:
         config = parse(module.Config, argv, prog=_prog(module), description=module.__doc__ or "")
         keep_freed_memory()
+        os.environ.setdefault(*SHORT_WAIT)
         report: Report = module.run(config)
         if hasattr(module, "plot"):
             report = _saved(module, report, getattr(config, "out", None) or Path("out"))

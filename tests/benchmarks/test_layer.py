@@ -221,6 +221,7 @@ def configuration(layer: Layer, size: Size, tokens: Tensor, repetitions: int) ->
         "run_with_cache(tokens, use_cache=False) without a filter (keeps references)",
         "mambapy": f"pscan={mambapy.pscan}, use_cuda={mambapy.use_cuda}, between Hugging Face's embedding and read-out",
         "ours": "model(tokens); hooks.record(model, tokens, names): copies; 'cached': run_with_cache, references",
+        "idle threads": f"GOMP_SPINCOUNT={os.environ.get('GOMP_SPINCOUNT', 'not set')}, for all sides alike",
         "backward": "of the mean squared logit, to every weight; gradients cleared first",
         "clock": f"medians of {repetitions}, in turns, after one round of warm-up; forward rows under no_grad",
         "machine": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores, "
@@ -240,7 +241,7 @@ def size() -> Iterator[Size]:
 @pytest.mark.benchmark
 def test_one_layer_beside_other_implementations(size: Size, request: pytest.FixtureRequest) -> None:
     start = time.perf_counter()
-    described, rows = measure(size, repetitions=7)
+    described, rows = measure(size, repetitions=21)
     described["shape checks"] = "off" if request.config.getoption("--no-shape-checks") else "on, which slows ours"
     print("", *(f"{what}: {how}" for what, how in described.items()), "", HEADING, *rows, LEGEND, sep="\n")
     assert [row.asked for row in rows if row.asked is not None] == [3.5, 2.5, 12.0] and len(rows) == 8
