@@ -111,7 +111,7 @@ def wins(a, b, zero):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def backward(
+def backward(  # type: ignore[no-untyped-def]
     first,
     last,
     groups,
@@ -134,7 +134,7 @@ def backward(
     g_C,
     g_h0,
     guarded,
-):  # type: ignore[no-untyped-def]
+):
     """Gradients of every operand from those of y, of the last state and of all states, for a range of units.
 
     With λ_t the gradient of h_t, everything that comes later included: λ_t = C_t g_y + decay_{t+1} λ_{t+1}. The
