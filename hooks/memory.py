@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hooks.errors import TooLarge
-from hooks.sites import kind_of
+from hooks.sites import axes_of
 
 
 def free_memory(device: torch.device) -> int:
@@ -28,14 +28,14 @@ def free_memory(device: torch.device) -> int:
 
 def site_bytes(model: Any, tokens: Tensor, name: str) -> int:
     """Bytes of one site for this input: the product of its axes times the size of one number."""
-    row = kind_of(name)
-    if row is None or not hasattr(model, "axis_sizes"):
+    axes = axes_of(model, name)
+    if not axes or not hasattr(model, "axis_sizes"):
         return 0
     sizes = {**model.axis_sizes(), "batch": tokens.shape[0], "pos": tokens.shape[1], "1": 1}
     parts = getattr(model.hook_dict[name], "parts", 1)
     # Whatever the weights are in, most sites are in at least fp32.
     number = max(4, next((p.element_size() for p in model.parameters()), 4))
-    return math.prod(sizes.get(axis, 1) for axis in row.axes) * parts * number
+    return math.prod(sizes.get(axis, 1) for axis in axes) * parts * number
 
 
 def check_memory(model: Any, tokens: Tensor, names: Sequence[str], max_memory: int | None, copies: int = 1) -> int:

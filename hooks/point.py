@@ -33,14 +33,16 @@ Hook = Callable[..., Any]
 HookList = Sequence[tuple[Pattern, Hook]]
 
 
-def site(kind: str, *, parts: int = 1) -> HookPoint:
+def site(kind: str, *, parts: int = 1, axes: tuple[str, ...] | None = None) -> HookPoint:
     """A hook point for a kind of site in the vocabulary, with its position axis set.
 
-    ``parts`` is 2 where a complex tensor appears as real parts followed by imaginary parts on the last axis.
+    ``parts`` is 2 where a complex tensor appears as real parts followed by imaginary parts on the last axis. ``axes``
+    are the site's own where it has others than the vocabulary says (heads), with the position where it was.
     """
     point = HookPoint()
     point.pos_dim = (HEAD_OUT if kind == "head.hook_out" else SITES[kind]).pos_dim
     point.parts = parts  # type: ignore[assignment]
+    point.axes = axes  # type: ignore[assignment]
     point.exposed = 0  # type: ignore[assignment]
     point.interrupts = []  # type: ignore[assignment]
     return point

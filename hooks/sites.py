@@ -66,10 +66,14 @@ SITES: dict[str, Kind] = {
         _FULL, "h_t = ā_t h_{t−1} + w_t", "real", "hooks.edit propagates; a raw hook changes one read-out"
     ),
     "hook_y": Kind(_INNER, "C h"),
+    "hook_norm": Kind(("batch", "pos", "head"), "Σ_s C · B_s", "real", "what a linear attention divides y by"),
     "hook_skip": Kind(_INNER, "D x"),
     "hook_gate": Kind(_INNER, "SiLU(z)", ">= -0.28", "the output gate"),
     "hook_gated": Kind(_INNER, "(y + D x) SiLU(z)"),
     "hook_out": Kind(_MODEL, "W_out ·", "real", "the mixer's output; head.hook_out: the prediction (batch pos out)"),
+    "hook_resid_mid": Kind(_MODEL, "r, between the mixer and the MLP"),
+    "hook_post": Kind(("batch", "pos", "d_mlp"), "GELU(W_in r̂ + b)", "real", "as TransformerLens"),
+    "hook_mlp_out": Kind(_MODEL, "W_out · + b", "real", "the MLP's output"),
     "hook_resid_post": Kind(_MODEL, "r + mixer(norm(r))"),
 }
 HEAD_OUT = Kind(("batch", "pos", "d_out"), "read-out(norm(r))", "real", "the prediction")
@@ -124,9 +128,17 @@ def sites(model: Any) -> SiteTable:
         if row is None:
             found.append(Site(name, (), (), "", "", "not in the vocabulary"))
         else:
-            shape = tuple(_size(model, name, axis, sizes) for axis in row.axes)
-            found.append(Site(name, row.axes, shape, row.equation, row.range, row.note))
+            axes = axes_of(model, name)
+            shape = tuple(_size(model, name, axis, sizes) for axis in axes)
+            found.append(Site(name, axes, shape, row.equation, row.range, row.note))
     return SiteTable(found)
+
+
+def axes_of(model: Any, name: str) -> tuple[str, ...]:
+    """The axes of one site of ``model``: the point's own where it has others than the vocabulary's; () if unknown."""
+    row = kind_of(name)
+    own: tuple[str, ...] | None = getattr(model.hook_dict[name], "axes", None)
+    return own or (() if row is None else row.axes)
 
 
 def _size(model: Any, name: str, axis: str, sizes: dict[str, int]) -> int | None:

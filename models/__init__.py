@@ -20,6 +20,7 @@ from torch import nn
 
 from hooks.errors import BadArgument, unknown
 from models.checkpoint import CheckpointError, digest, load_file, save
+from models.linear_attention import LinearAttentionConfig, LinearTransformer
 from models.mamba import Mamba, MambaConfig
 from models.s4 import S4D, S4DConfig
 from models.stack import LayerState, Stack
@@ -30,6 +31,8 @@ __all__ = [
     "S4D",
     "CheckpointError",
     "LayerState",
+    "LinearAttentionConfig",
+    "LinearTransformer",
     "Mamba",
     "MambaConfig",
     "S4DConfig",
@@ -41,8 +44,8 @@ __all__ = [
     "save",
 ]
 
-ARCHITECTURES: dict[str, Any] = {"mamba": Mamba, "s4d": S4D}
-CONFIGS: dict[str, Any] = {"mamba": MambaConfig, "s4d": S4DConfig}
+ARCHITECTURES: dict[str, Any] = {"mamba": Mamba, "s4d": S4D, "linear_attention": LinearTransformer}
+CONFIGS: dict[str, Any] = {"mamba": MambaConfig, "s4d": S4DConfig, "linear_attention": LinearAttentionConfig}
 
 ZOO = Path(__file__).parent / "zoo"
 RUN_FILE = "model.safetensors"

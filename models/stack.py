@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from hooks.compiled import never_compiled
 from hooks.errors import BadArgument
@@ -58,14 +59,36 @@ class RMSNorm(nn.Module):
         return emit(self.hook_normalized, wide / scale).to(r.dtype) * self.weight
 
 
-class Block(nn.Module):
-    """r + mixer(norm(r)), the pre-norm residual block of Mamba (Gu & Dao 2023, §3.4)."""
+class MLP(nn.Module):
+    """W_out GELU(W_in r̂ + b) + b, position by position."""
 
-    def __init__(self, d_model: int, eps: float, mixer: nn.Module) -> None:
+    def __init__(self, d_model: int, width: int) -> None:
+        super().__init__()
+        self.in_proj = nn.Linear(d_model, width)
+        self.hook_post = site("hook_post")
+        self.out_proj = nn.Linear(width, d_model)
+        self.hook_mlp_out = site("hook_mlp_out")
+
+    def forward(self, r: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+        return emit(self.hook_mlp_out, self.out_proj(emit(self.hook_post, F.gelu(self.in_proj(r)))))
+
+
+class Block(nn.Module):
+    """r + mixer(norm(r)), the pre-norm residual block of Mamba (Gu & Dao 2023, §3.4).
+
+    With ``d_mlp`` the block goes on with r + mlp(norm_mlp(r)), as a transformer's does.
+    """
+
+    def __init__(self, d_model: int, eps: float, mixer: nn.Module, d_mlp: int = 0) -> None:
         super().__init__()
         self.hook_resid_pre = site("hook_resid_pre")
         self.norm = RMSNorm(d_model, eps)
         self.mixer = mixer
+        self.mlp: MLP | None = None
+        if d_mlp:
+            self.hook_resid_mid = site("hook_resid_mid")
+            self.norm_mlp = RMSNorm(d_model, eps)
+            self.mlp = MLP(d_model, d_mlp)
         self.hook_resid_post = site("hook_resid_post")
 
     def forward(
@@ -74,7 +97,12 @@ class Block(nn.Module):
         # Shared: the same tensor is the last block's hook_resid_post, or the caller's own.
         r = emit(self.hook_resid_pre, r, shared=True)
         out, state = self.mixer(self.norm(r), state, return_state)
-        return emit(self.hook_resid_post, r + out), state
+        r = r + out
+        if self.mlp is not None:
+            # Shared: the sum below needs it as it is.
+            r = emit(self.hook_resid_mid, r, shared=True)
+            r = r + self.mlp(self.norm_mlp(r))
+        return emit(self.hook_resid_post, r), state
 
 
 class Stack(HookedModule):
@@ -86,13 +114,13 @@ class Stack(HookedModule):
 
     architecture: str
 
-    def __init__(self, cfg: Any, mixer: Callable[[], nn.Module]) -> None:
+    def __init__(self, cfg: Any, mixer: Callable[[], nn.Module], d_mlp: int = 0) -> None:
         super().__init__()
         self.cfg = cfg
         self.card: dict[str, Any] = {}
         self.embed = read_in(cfg)
         self.hook_embed = site("hook_embed")
-        self.blocks = nn.ModuleList(Block(cfg.d_model, cfg.norm_eps, mixer()) for _ in range(cfg.n_layers))
+        self.blocks = nn.ModuleList(Block(cfg.d_model, cfg.norm_eps, mixer(), d_mlp) for _ in range(cfg.n_layers))
         self.ln_final = RMSNorm(cfg.d_model, cfg.norm_eps)
         self.head = ReadOut(cfg, self.embed)
         self.setup()
@@ -136,7 +164,9 @@ class Stack(HookedModule):
     def axis_sizes(self) -> dict[str, int]:
         """Size of each named axis that does not depend on the input."""
         mixer: Any = self.blocks[0].mixer
-        return {"d_model": self.cfg.d_model, "d_out": self.head.d_out, **mixer.axis_sizes()}
+        mlp: Any = self.blocks[0].mlp
+        width = {} if mlp is None else {"d_mlp": mlp.in_proj.out_features}
+        return {"d_model": self.cfg.d_model, "d_out": self.head.d_out, **width, **mixer.axis_sizes()}
 
     def _run(
         self, x: Tensor, state: State | None, return_state: bool, start: int | None, stop: int | None
