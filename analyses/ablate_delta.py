@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from interp.result import Check, Result
     from interp.tasks import Batch, Task
     from interp.variance import Shares
-    from models import Stack
+    from models import Root
 
 QUICK = 32
 RIVALS = ("lti-mamba", "s4d")
@@ -83,7 +83,7 @@ class Subject:
     """One model with its task, its reference and its runs on the shared prompts."""
 
     name: str
-    model: Stack
+    model: Root
     task: Task
     runs: Ablation
 
@@ -134,7 +134,7 @@ def run(config: Config) -> Result:
     )
 
 
-def _open(name: str, config: Config) -> tuple[Stack, Task]:
+def _open(name: str, config: Config) -> tuple[Root, Task]:
     """The model, and the task of its card with the options of the command line put in."""
     import models
     from hooks.errors import BadArgument
@@ -160,7 +160,7 @@ def _open(name: str, config: Config) -> tuple[Stack, Task]:
     return model, task
 
 
-def _subject(name: str, model: Stack, task: Task, batch: Batch, others: Batch) -> Subject:
+def _subject(name: str, model: Root, task: Task, batch: Batch, others: Batch) -> Subject:
     from interp.ablation import Ablation, Reference
 
     return Subject(name, model, task, Ablation(model, task, batch, Reference(model, others, task.kinds)))

@@ -1,9 +1,9 @@
 """Edits: pure functions from a site's tensor to the tensor that takes its place.
 
 Each is made by calling (``zero()``, ``scale(.5)``, ``mean(over="batch")`` …) and takes ``pos=`` and
-``channels=`` to act on part of the site only (``channels`` counts along the axis after position; where a site has no
-position, along the axis after batch). Used through ``hooks.edit(model, {pattern: edit})``; calling one on a tensor
-works too: ``zero(pos=0)(delta)``.
+``channels=`` to act on part of the site only (``channels`` counts heads where a site has them, else along the axis
+after position; where a site has no position, along the axis after batch). Used through
+``hooks.edit(model, {pattern: edit})``; calling one on a tensor works too: ``zero(pos=0)(delta)``.
 
 On ``hook_state`` an edit propagates (``hooks/propagate.py``): h_t is replaced and the recurrence goes on from there. A
 plain function is there called at each position by itself, with (batch, 1, d_inner, d_state).
@@ -46,12 +46,13 @@ class Edit:
         if self.pos is None and self.channels is None:
             return _conform(self.change(tensor, tensor, site), tensor, site, self.label)
         at, columns = _axes(site)
-        picks = [_indices(self.channels, tensor.shape[columns], "channels", site)]
+        chosen = {columns: _indices(self.channels, tensor.shape[columns], "channels", site)}
         if at is not None:
-            picks.insert(0, _indices(self.pos, tensor.shape[at], "pos", site))
+            chosen[at] = _indices(self.pos, tensor.shape[at], "pos", site)
         elif self.pos is not None:
             raise BadArgument(f"{self.label} at {site} takes no pos=: this site has no position axis")
         region = tensor
+        picks = [chosen[axis] for axis in sorted(chosen)]  # of axes 1 and 2, or of axis 1 alone
         for axis, index in enumerate(picks, start=1):
             region = region.index_select(axis, index.to(tensor.device))
         new = _conform(self.change(region, tensor, site), region, site, self.label)
@@ -95,7 +96,7 @@ def _indices(chosen: Index, size: int, what: str, site: str) -> Tensor:
 def _axes(site: str) -> tuple[int | None, int]:
     """The position axis of ``site`` (None where it has none) and its channel axis."""
     row = kind_of(site)
-    return (1, 2) if row is None or row.pos_dim is not None else (None, 1)
+    return (1, 2) if row is None else (row.pos_dim, row.channel_dim)
 
 
 def _conform(new: Any, like: Tensor, site: str, label: str) -> Tensor:
@@ -207,14 +208,14 @@ def mean(
         if "channel" in axes:
             out = out.mean(columns, keepdim=True)
         if "pos" in axes:
-            out = out.mean(1, keepdim=True)
-        if kind_index is not None:
-            if len(kind_index) != out.shape[1]:
-                raise BadArgument(f"kinds has {len(kind_index)} entries, {site} has {out.shape[1]} positions")
-            out = out.clone()
+            out = out.mean(at, keepdim=True)
+        if kind_index is not None and at is not None:
+            if len(kind_index) != out.shape[at]:
+                raise BadArgument(f"kinds has {len(kind_index)} entries, {site} has {out.shape[at]} positions")
             for kind in kind_index.unique():
-                here = (kind_index == kind).to(out.device)
-                out[:, here] = out[:, here].mean(1, keepdim=True)
+                here = (kind_index == kind).nonzero().reshape(-1).to(out.device)
+                values = out.index_select(at, here)
+                out = out.index_copy(at, here, values.mean(at, keepdim=True).expand_as(values))
         return out
 
     def of(values: Mapping[str, Tensor] | None) -> Edit:
@@ -226,7 +227,7 @@ def mean(
             if site not in known_values:
                 raise BadArgument(f"the reference holds no {site}: record the sites that are edited")
             value = averaged(known_values[site], site).detach()
-            reduced = {i for i, axis in ((1, "pos"), (_axes(site)[1], "channel")) if axis in axes}
+            reduced = {i for i, axis in zip(_axes(site), ("pos", "channel"), strict=True) if axis in axes}
             kept = [i for i in range(1, value.ndim) if i not in reduced]
             if shape is not None and any(value.shape[i] != shape[i] for i in kept):
                 raise BadArgument(
@@ -241,8 +242,8 @@ def mean(
         return Edit(label, change, constant, pos, channels)
 
     def own(region: Tensor, whole: Tensor, site: str) -> Tensor:
-        columns = _axes(site)[1]
-        sizes = {"batch": whole.shape[0], "pos": whole.shape[1], "channel": whole.shape[columns]}
+        at, columns = _axes(site)
+        sizes = {"batch": whole.shape[0], "pos": whole.shape[at or 1], "channel": whole.shape[columns]}
         repeats = kind_index is not None and len(kind_index.unique()) < len(kind_index)
         new = averaged(whole, site)
         if not repeats and all(sizes.get(axis, 1) == 1 for axis in axes):

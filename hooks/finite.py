@@ -5,6 +5,7 @@ Weights are looked at again only when they have changed (torch counts in-place w
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ def check_weights(model: Any) -> None:
         return
     for name, parameter in model.named_parameters():
         if not _finite(parameter.detach()):
+            name = name.replace("._original_component", "")  # TransformerLens' wrappers are in no name that we list
             raise NonFinite(f"the weight {name} holds {_describe(parameter.detach())}")
     model._finite_stamp = stamp
 
@@ -50,11 +52,11 @@ def check_output(model: Any, output: Tensor, rerun: Any) -> None:
     check_weights(model)
     found: list[str] = []
 
-    def look(tensor: Tensor, hook: Any) -> None:
+    def look(tensor: Tensor, hook: Any, name: str) -> None:
         if not found and not _finite(tensor.detach()):
-            found.append(f"{hook.name} ({_describe(tensor.detach())})")
+            found.append(f"{name} ({_describe(tensor.detach())})")
 
-    handles = [(point, point.add_hook(look)) for point in model.hook_dict.values()]
+    handles = [(point, point.add_hook(partial(look, name=name))) for name, point in model.hook_dict.items()]
     try:
         with torch.no_grad():
             rerun()

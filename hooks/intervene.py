@@ -17,7 +17,7 @@ from hooks.record import record
 from hooks.sites import Pattern, resolve
 
 Edits = Mapping[Any, Any] | DoState | Sequence[Any]
-SCAN_SITES = ("hook_decay", "hook_write", "hook_state")
+SCAN_SITES = ("hook_decay", "hook_transition", "hook_write", "hook_state")
 
 
 class Edited:

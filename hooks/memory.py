@@ -32,6 +32,7 @@ def site_bytes(model: Any, tokens: Tensor, name: str) -> int:
     if not axes or not hasattr(model, "axis_sizes"):
         return 0
     sizes = {**model.axis_sizes(), "batch": tokens.shape[0], "pos": tokens.shape[1], "1": 1}
+    sizes["pos_k"] = tokens.shape[1]
     parts = getattr(model.hook_dict[name], "parts", 1)
     # Whatever the weights are in, most sites are in at least fp32.
     number = max(4, next((p.element_size() for p in model.parameters()), 4))
@@ -47,10 +48,11 @@ def check_memory(model: Any, tokens: Tensor, names: Sequence[str], max_memory: i
     total = sum(sizes.values())
     limit = free_memory(tokens.device) // 2 if max_memory is None else max_memory
     if total > limit:
-        big = {"hook_decay", "hook_write", "hook_state"}
+        big = {"hook_decay", "hook_transition", "hook_write", "hook_state"}
         small = sum(size for name, size in sizes.items() if name.rsplit(".", 1)[-1] not in big)
         if 0 < small < total and small <= limit:
-            advice = f"without hook_decay, hook_write and hook_state it is {_human(small)}"
+            shown = ", ".join(sorted(big & {name.rsplit(".", 1)[-1] for name in sizes}))
+            advice = f"without the sites of the scan ({shown}) it is {_human(small)}"
         else:
             advice = "ask for fewer sites, fewer prompts or a shorter input"
         raise TooLarge(

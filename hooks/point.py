@@ -13,9 +13,10 @@ This is the one file of ``hooks/`` that imports TransformerLens. It adds to ``Ho
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -139,10 +140,12 @@ class HookedModule(HookedRootModule):
     """Root of a model with sites. Call ``setup()`` last in ``__init__``.
 
     A subclass gives ``cfg`` (with ``n_layers`` and ``d_model``) and :meth:`axis_sizes`; its ``forward`` sets
-    ``last_stop`` to the ``stop_at_layer`` that it ran with and counts its runs in ``runs``.
+    ``last_stop`` to the ``stop_at_layer`` that it ran with and counts its runs in ``runs``. A point may be listed
+    under another name than its own (``aliases``: other name → listed name); hooks are told the listed one.
     """
 
     cfg: Any
+    aliases: Mapping[str, str] = MappingProxyType({})
     runs: int = 0
     last_stop: int | None = None
 
@@ -161,7 +164,7 @@ class HookedModule(HookedRootModule):
     ) -> None:
         """Add ``hook`` to every site that ``name`` picks (name, glob, list or predicate); it stays until reset."""
         for found in resolve(self, name):
-            super().add_hook(found, hook, dir=dir, is_permanent=is_permanent, level=level, prepend=prepend)
+            _attach(self, found, hook, dir, is_permanent=is_permanent, level=level, prepend=prepend)
 
     def remove_all_hook_fns(
         self,
@@ -196,7 +199,7 @@ class HookedModule(HookedRootModule):
         with super().hooks([], [], reset_hooks_end, clear_contexts):
             for group in groups:
                 for name in group.names:
-                    self.hook_dict[name].add_hook(group, group.direction, level=self.context_level)
+                    _attach(self, name, group, group.direction, level=self.context_level)
             yield self
         if self.runs > before:
             for group in groups:
@@ -281,11 +284,22 @@ class HookedModule(HookedRootModule):
         """``(cache, forward hooks, backward hooks)`` that fill ``cache`` when they run; adds nothing to the model."""
         store: dict[str, Tensor] = {} if cache is None else cache
         names = resolve(self, names_filter, "names_filter")
-        save = partial(
-            _save, store=store, device=device, drop_batch=remove_batch_dim, pos_slice=Slice.unwrap(pos_slice)
-        )
-        backward: list[tuple[str, Hook]] = [(name, partial(save, suffix="_grad")) for name in names] if incl_bwd else []
-        return store, [(name, partial(save, suffix="")) for name in names], backward
+        cut = Slice.unwrap(pos_slice)
+        saves = {
+            name: partial(
+                _save,
+                name=name,
+                pos_dim=self.hook_dict[name].pos_dim,
+                store=store,
+                device=device,
+                drop_batch=remove_batch_dim,
+                pos_slice=cut,
+            )
+            for name in names
+        }
+        forward: list[tuple[str, Hook]] = [(name, partial(save, suffix="")) for name, save in saves.items()]
+        backward: list[tuple[str, Hook]] = [(name, partial(save, suffix="_grad")) for name, save in saves.items()]
+        return store, forward, backward if incl_bwd else []
 
     def add_caching_hooks(  # type: ignore[override]
         self,
@@ -310,15 +324,22 @@ class _Group:
     def __init__(self, direction: Any, names: list[str], hook: Hook) -> None:
         self.direction, self.names, self.hook, self.fired = direction, names, hook, 0
 
-    def __call__(self, tensor: Tensor, hook: HookPoint) -> Any:
+    def __call__(self, tensor: Tensor, hook: Any) -> Any:
         self.fired += 1
         return self.hook(tensor, hook=hook)
 
 
+def _attach(model: Any, name: str, hook: Hook, direction: Any, **options: Any) -> None:
+    point = model.hook_dict[name]
+    point.add_hook(hook, direction, alias_names=None if point.name == name else [name], **options)
+
+
 def _save(
     tensor: Tensor,
-    hook: HookPoint,
+    hook: Any,
     *,
+    name: str,
+    pos_dim: int | None,
     store: dict[str, Tensor],
     suffix: str,
     device: Any,
@@ -326,9 +347,9 @@ def _save(
     pos_slice: Slice,
 ) -> None:
     value = tensor.detach().to(device)
-    if hook.pos_dim is not None:
-        value = pos_slice.apply(value, dim=hook.pos_dim)
-    store[str(hook.name) + suffix] = value[0] if drop_batch else value
+    if pos_dim is not None:
+        value = pos_slice.apply(value, dim=pos_dim)
+    store[name + suffix] = value[0] if drop_batch else value
 
 
 def why_silent(model: Any, names: Sequence[str], direction: str = "fwd", ran: bool = True) -> str:

@@ -21,11 +21,11 @@ class Record(Mapping[str, Tensor]):
     A later hook or an in-place edit does not change the tensors.
     """
 
-    def __init__(self, values: dict[str, Tensor], output: Any) -> None:
-        self._values, self.output = values, output
+    def __init__(self, values: dict[str, Tensor], output: Any, aliases: Mapping[str, str] | None = None) -> None:
+        self._values, self.output, self._aliases = values, output, aliases or {}
 
     def __getitem__(self, name: str) -> Tensor:
-        found = [name] if name in self._values else resolve(_Names(self._values), name, "recorded site")
+        found = [name] if name in self._values else self._resolve(name)
         if len(found) > 1:
             raise BadArgument(
                 f'"{name}" matches {len(found)} recorded sites, {found[0]} first: take one, or .stack("{name}")'
@@ -47,15 +47,18 @@ class Record(Mapping[str, Tensor]):
 
     def stack(self, pattern: str) -> Tensor:
         """The sites that ``pattern`` picks, stacked in firing order on a new first axis (layer …)."""
-        return torch.stack([self._values[name] for name in resolve(_Names(self._values), pattern, "recorded site")])
+        return torch.stack([self._values[name] for name in self._resolve(pattern)])
+
+    def _resolve(self, pattern: str) -> list[str]:
+        return resolve(_Names(self._values, self._aliases), pattern, "recorded site")
 
     def __repr__(self) -> str:
         return "\n".join(f"{name}  {tuple(value.shape)}" for name, value in self.items())
 
 
 class _Names:
-    def __init__(self, values: dict[str, Tensor]) -> None:
-        self.hook_dict = values
+    def __init__(self, values: dict[str, Tensor], aliases: Mapping[str, str]) -> None:
+        self.hook_dict, self.aliases = values, aliases
 
 
 def record(
@@ -104,7 +107,7 @@ def record(
     silent = [name for name in names if name not in values]
     if silent and (sites is not None or not values):
         raise DidNotFire(why_silent(model, silent))
-    return Record(values, output)
+    return Record(values, output, getattr(model, "aliases", None))
 
 
 def _memory(tensor: Tensor) -> int:

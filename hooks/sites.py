@@ -37,22 +37,31 @@ class Kind:
         """The axis that counts positions, or None where the site has no position."""
         return self.axes.index("pos") if "pos" in self.axes else None
 
+    @property
+    def channel_dim(self) -> int:
+        """The axis that ``channels=`` of an edit counts: heads where there are some, else the one after position."""
+        return self.axes.index("head") if "head" in self.axes else (self.pos_dim or 0) + 1
+
 
 _MODEL = ("batch", "pos", "d_model")
 _INNER = ("batch", "pos", "d_inner")
 _STATE = ("batch", "pos", "d_state")
 _FULL = ("batch", "pos", "d_inner", "d_state")
+_HEAD = ("batch", "pos", "head", "d_head")
+_PATTERN = ("batch", "head", "pos", "pos_k")
 
 SITES: dict[str, Kind] = {
     "hook_embed": Kind(_MODEL, "r_0 = read-in(token)"),
     "hook_resid_pre": Kind(_MODEL, "r, before the block"),
-    "hook_scale": Kind(("batch", "pos", "1"), "sqrt(mean r² + eps)", "> 0"),
+    "hook_scale": Kind(("batch", "pos", "1"), "sqrt(mean r² + eps)", "> 0", "a LayerNorm takes the mean off r first"),
     "hook_normalized": Kind(_MODEL, "r / scale", "real", "before the norm's weight"),
     "hook_x_in": Kind(_INNER, "x of [x; z] = W_in r̂"),
     "hook_gate_pre": Kind(_INNER, "z of [x; z] = W_in r̂"),
     "hook_conv_init": Kind(("batch", "d_inner", "taps"), "the taps before the prompt", "real", "zero unless given"),
     "hook_x_pre": Kind(_INNER, "causal depthwise convolution of x"),
-    "hook_x": Kind(_INNER, "SiLU(x_pre)", ">= -0.28", "the scan's input; S4D: the normalised residual"),
+    "hook_x": Kind(
+        _INNER, "SiLU(x_pre)", ">= -0.28", "the scan's input; S4D: the normalised residual; theory: the label"
+    ),
     "hook_delta_pre": Kind(_INNER, "W_Δ W_r x + b_Δ"),
     "hook_delta": Kind(_INNER, "Δ = softplus(delta_pre)", "> 0", "after the softplus; constant in S4D"),
     "hook_delta_decay": Kind(_INNER, "Δ as it forgets", "> 0", "equals Δ unless edited"),
@@ -61,7 +70,18 @@ SITES: dict[str, Kind] = {
     "hook_C": Kind(_STATE, "C = W_C x", "real", "the read key"),
     "hook_state_init": Kind(("batch", "d_inner", "d_state"), "h_0", "real", "zero unless given"),
     "hook_decay": Kind(_FULL, "ā = exp(Δ_decay A)", "(0, 1]", "what survives of the past"),
-    "hook_write": Kind(_FULL, "w = B̄ x", "real", "Mamba: Δ_write B x (Euler); S4D: (e^{ΔA} − 1)/A x (ZOH)"),
+    "hook_transition": Kind(
+        ("batch", "pos", "d_inner", "factor", "d_state"),
+        "Ā h = a ⊙ h + u ⟨q, h⟩: a, u, q",
+        "real",
+        "S4: in the place of hook_decay; ⟨q, h⟩ = Re(qᴴ h)",
+    ),
+    "hook_write": Kind(
+        _FULL,
+        "w = B̄ x",
+        "real",
+        "Mamba: Δ_write B x (Euler); S4D: (e^{ΔA} − 1)/A x (ZOH); theory: (1 − e^{−Δ_write}) B x (ZOH)",
+    ),
     "hook_state": Kind(
         _FULL, "h_t = ā_t h_{t−1} + w_t", "real", "hooks.edit propagates; a raw hook changes one read-out"
     ),
@@ -78,12 +98,43 @@ SITES: dict[str, Kind] = {
 }
 HEAD_OUT = Kind(("batch", "pos", "d_out"), "read-out(norm(r))", "real", "the prediction")
 
+# TransformerLens' own sites of a softmax transformer, by the end of their names (a kind alone says too little there).
+TRANSFORMER: dict[str, Kind] = {
+    "ln1.hook_in": Kind(_MODEL, "r, as the norm reads it"),
+    "ln1.hook_out": Kind(_MODEL, "r̂ = normalized · weight + bias"),
+    "attn.hook_in": Kind(_MODEL, "r̂, as q, k and v read it"),
+    "attn.q.hook_in": Kind(_MODEL, "r̂, as q alone reads it"),
+    "attn.hook_q": Kind(_HEAD, "q = W_Q r̂ + b"),
+    "attn.k.hook_in": Kind(_MODEL, "r̂, as k alone reads it"),
+    "attn.hook_k": Kind(_HEAD, "k = W_K r̂ + b"),
+    "attn.v.hook_in": Kind(_MODEL, "r̂, as v alone reads it"),
+    "attn.hook_v": Kind(_HEAD, "v = W_V r̂ + b"),
+    "attn.hook_attn_scores": Kind(
+        _PATTERN, "q · k / sqrt(d_head)", "real", "before the causal mask; what lies after the query counts for nothing"
+    ),
+    "attn.hook_pattern": Kind(_PATTERN, "softmax over pos_k ≤ pos", "[0, 1]"),
+    "attn.hook_z": Kind(_HEAD, "Σ_s pattern v_s"),
+    "attn.o.hook_out": Kind(_MODEL, "W_O z + b"),
+    "hook_attn_out": Kind(_MODEL, "W_O z + b", "real", "the attention's output, as it is added to r"),
+    "ln2.hook_out": Kind(_MODEL, "r̂ = normalized · weight + bias"),
+    "mlp.hook_in": Kind(_MODEL, "r̂, as the MLP reads it"),
+    "mlp.in.hook_in": Kind(_MODEL, "r̂, as W_in reads it"),
+    "mlp.hook_pre": Kind(("batch", "pos", "d_mlp"), "W_in r̂ + b"),
+    "mlp.out.hook_out": Kind(_MODEL, "W_out · + b"),
+    "ln_final.hook_in": Kind(_MODEL, "r, as the norm reads it"),
+    "ln_final.hook_out": Kind(_MODEL, "r̂ = normalized · weight + bias"),
+}
+
 
 def kind_of(name: str) -> Kind | None:
     """The vocabulary row of a full site name, or None for a site that is not ours."""
     if name == "head.hook_out":
         return HEAD_OUT
-    return SITES.get(name.rsplit(".", 1)[-1])
+    parts = name.split(".")
+    for length in (3, 2, 1):
+        if (tail := ".".join(parts[-length:])) in TRANSFORMER:
+            return TRANSFORMER[tail]
+    return SITES.get(parts[-1])
 
 
 @dataclass(frozen=True)
@@ -153,7 +204,8 @@ def resolve(model: Any, pattern: Pattern, what: str = "site") -> list[str]:
     """The names of the sites that ``pattern`` picks, in firing order; never an empty list.
 
     ``pattern`` is a full name, a glob (``"*.hook_delta"``, ``"blocks.[0-3].mixer.*"``), a list, tuple or set
-    of those, a predicate on names, or None for every site.
+    of those, a predicate on names, or None for every site. Where nothing matches, a model's other names for its sites
+    (``model.aliases``: other name → name) are looked at in the same way.
 
     Raises :class:`UnknownSite` where nothing matches (for each entry of a list), with the near names.
     """
@@ -165,6 +217,10 @@ def resolve(model: Any, pattern: Pattern, what: str = "site") -> list[str]:
         raise BadArgument(f'a {what} is picked by its name: "{getattr(pattern, "name", None)}", not by the module')
     if isinstance(pattern, str):
         found = [pattern] if pattern in model.hook_dict else fnmatch.filter(names, pattern)
+        if not found and (aliases := getattr(model, "aliases", {})):
+            others = [pattern] if pattern in aliases else fnmatch.filter(aliases, pattern)
+            meant = {aliases[other] for other in others}
+            found = [name for name in names if name in meant]
         if not found:
             raise UnknownSite(_no_match(pattern, names, what))
         return found

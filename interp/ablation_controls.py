@@ -8,12 +8,14 @@ import math
 from typing import Any
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 import hooks
 from hooks.errors import BadArgument
 from interp import seeds
 from interp.ablation import Ablation
+from interp.knockout import CutTaps, through_taps
 from interp.variance import content_variance
 
 
@@ -41,7 +43,7 @@ def freeze_and_cut_taps(runs: Ablation, kind: str) -> dict[str, Any]:
     made: dict[str, Any] = {}
     for layer, block in enumerate(runs.model.blocks):
         stem = f"blocks.{layer}.mixer"
-        cut = _Taps(block.mixer.conv1d.weight, at)
+        cut = CutTaps(block.mixer.conv1d.weight, lambda batch, length: _reached(at, length, own=False))
         made[f"{stem}.hook_x_in"] = cut.see
         made[f"{stem}.hook_x_pre"] = cut.subtract
         made[f"{stem}.hook_delta"] = hooks.zero(pos=at)
@@ -63,35 +65,18 @@ def tap_share(runs: Ablation, kind: str) -> list[float]:
         others = torch.ones(x_in.shape[1], dtype=torch.bool)
         others[at] = False
         everything = torch.arange(x_in.shape[1])
-        from_kind = _through_taps(x_in, weight, at, own=False)[:, others]
-        whole = _through_taps(x_in, weight, everything, own=True)[:, others]
+        length = x_in.shape[1]
+        from_kind = through_taps(x_in, weight, _reached(at, length, own=False))[:, others]
+        whole = through_taps(x_in, weight, _reached(everything, length, own=True))[:, others]
         shares.append(float(from_kind.square().sum() / whole.square().sum()))
     return shares
 
 
-class _Taps:
-    """Sees a layer's ``hook_x_in`` and takes the share of chosen tokens out of later tokens' ``hook_x_pre``."""
-
-    def __init__(self, weight: Tensor, at: Tensor) -> None:
-        self.weight, self.at = weight.detach(), at
-
-    def see(self, x_in: Tensor) -> Tensor:
-        self.x_in = x_in
-        return x_in
-
-    def subtract(self, x_pre: Tensor) -> Tensor:
-        return x_pre - _through_taps(self.x_in, self.weight, self.at, own=False)
-
-
-def _through_taps(x_in: Tensor, weight: Tensor, at: Tensor, *, own: bool) -> Tensor:
-    """What the tokens ``at`` add to every token's convolution output; with ``own`` also to their own."""
-    kept = torch.zeros_like(x_in)
-    kept[:, at] = x_in[:, at]
-    taps, length = weight.shape[-1], x_in.shape[1]
-    total = torch.zeros_like(x_in)
-    for lag in range(0 if own else 1, min(taps, length)):
-        total[:, lag:] += weight[:, 0, taps - 1 - lag] * kept[:, : length - lag]
-    return total
+def _reached(at: Tensor, length: int, *, own: bool) -> Bool[Tensor, "1 source target"]:
+    """The pairs of the tokens ``at`` with every later one, and with ``own`` with themselves."""
+    mask = torch.zeros(1, length, length, dtype=torch.bool)
+    mask[:, at] = True
+    return mask.triu(diagonal=0 if own else 1)
 
 
 def noise(runs: Ablation, seed: int) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -38,6 +39,15 @@ def whole_number(name: str, value: object, least: int, most: int | None = None) 
         raise BadArgument(f"{name}={value!r} does not work; give a whole number, {bound}")
     assert isinstance(value, int)
     return value
+
+
+def between(name: str, value: object, low: float, high: float = math.inf, hint: str = "") -> float:
+    """``value`` as a float, if it is a finite number in ``low … high``; else ``BadArgument`` says which range."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (number and math.isfinite(value) and low <= value <= high):  # type: ignore[arg-type, operator]
+        bound = f"of at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
+        raise BadArgument(f"{name}={value!r} does not work; give a number {bound}{hint}")
+    return float(value)  # type: ignore[arg-type]
 
 
 def one_of(name: str, value: object, options: Collection[str]) -> str:

@@ -16,7 +16,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooks.errors import BadArgument, unknown
+from interp import iterative
 from interp.arguments import known_options, whole_number
+from interp.iterative import sums_before
 
 DEPENDENT = 1e-10
 """A direction of the inputs smaller than this, relative to the largest, is absent. Repeated
@@ -86,11 +88,40 @@ def knn(neighbours: int = 3) -> Estimator:
     return lambda pairs: _nearest(pairs, neighbours)
 
 
+def gd(steps: int, rate: float | None = None) -> Estimator:
+    """``steps`` steps of gradient descent from w = 0 (``iterative.gd_path``); towards ``ols``."""
+    return lambda pairs: iterative.gd_path(pairs.x, pairs.y, steps, rate)[-1]
+
+
+def gdpp(
+    steps: int,
+    rate: float | None = None,
+    gamma: float | None = None,
+    form: str = "iterated",
+) -> Estimator:
+    """``steps`` steps of GD++, preconditioned by I - γ A (``iterative.gdpp_path`` says how); towards ``ols``."""
+    return lambda pairs: iterative.gdpp_path(pairs.x, pairs.y, steps, rate, gamma, form)[-1]
+
+
+def newton(steps: int) -> Estimator:
+    """``steps`` steps of Newton's iteration for the inverse (``iterative.newton_path``); towards ``ols``, fast."""
+    return lambda pairs: iterative.newton_path(pairs.x, pairs.y, steps)[-1]
+
+
+def online_gd(rate: float, forgetting: float = 1.0, form: str = "residual") -> Estimator:
+    """One pass through the pairs, each a gradient step (``iterative.online_gd_path``); 0 at k = 0."""
+    return lambda pairs: iterative.online_gd_path(pairs.x, pairs.y, [(rate, forgetting)], form)[0]
+
+
 ESTIMATORS: dict[str, Callable[..., Estimator]] = {
     "ols": ols,
     "ridge": ridge,
     "averaging": averaging,
     "knn": knn,
+    "gd": gd,
+    "gdpp": gdpp,
+    "newton": newton,
+    "online_gd": online_gd,
 }
 
 
@@ -99,8 +130,8 @@ def moments(
 ) -> tuple[Float[Tensor, "batch n_pairs d d"], Float[Tensor, "batch n_pairs d"]]:
     """(Σ_{i<k} x_i x_iᵀ, Σ_{i<k} y_i x_i) for every k; zero at k = 0. Summed in fp64."""
     inputs, labels = x.double().cpu(), y.double().cpu()
-    xtx = _before(einsum(inputs, inputs, "b k i, b k j -> b k i j"))
-    return xtx.to(y), _before(labels[..., None] * inputs).to(y)
+    xtx = sums_before(einsum(inputs, inputs, "b k i, b k j -> b k i j"))
+    return xtx.to(y), sums_before(labels[..., None] * inputs).to(y)
 
 
 def ols_weights(
@@ -141,7 +172,7 @@ def averaging_weights(
     x: Float[Tensor, "batch n_pairs d"], y: Float[Tensor, "batch n_pairs"]
 ) -> Float[Tensor, "batch n_pairs d"]:
     """(1/k) Σ_{i<k} y_i x_i for every k; 0 at k = 0."""
-    xty = _before(y.double().cpu()[..., None] * x.double().cpu())
+    xty = sums_before(y.double().cpu()[..., None] * x.double().cpu())
     count = torch.arange(xty.shape[1], dtype=xty.dtype).clamp(min=1)
     return (xty / count[:, None]).to(y)
 
@@ -167,16 +198,6 @@ def _least_squares(x: Float[Tensor, "batch k d"], y: Float[Tensor, "batch k 1"])
         by_svd = torch.linalg.lstsq(x[doubtful], y[doubtful], rcond=DEPENDENT, driver="gelsd")
         w[doubtful] = by_svd.solution
     return w
-
-
-def _before(terms: Tensor) -> Tensor:
-    """Σ_{i<k} terms_i for every k along axis 1.
-
-    By shifting, not by subtracting term k from the sum up to k: at k = 0 it is then exactly zero.
-    """
-    sums = torch.zeros_like(terms)
-    sums[:, 1:] = terms[:, :-1].cumsum(dim=1)
-    return sums
 
 
 def _apply(weights: Float[Tensor, "batch n_pairs d"], pairs: Pairs) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from hooks.errors import NonFinite
 from interp import seeds
 from interp.arguments import whole_number
-from interp.tasks.base import Batch, Model, Task
+from interp.tasks.base import Batch, Model, Task, at_the_query
 
 
 def prompts(task: Task, n: int = 1280, seed: int = 0, purpose: str = "evaluate") -> Batch:
@@ -34,43 +34,61 @@ def errors(
     batch_size: int = 256,
     *,
     batch: Batch | None = None,
-) -> Float[Tensor, "n n_pairs"]:
-    """Squared error ÷ ``task.scale`` of each prompt and example, on the CPU; 1 is predicting zero.
+    query_only: bool = False,
+) -> Float[Tensor, "n n_asked"]:
+    """``task.error`` of each prompt and example, on the CPU: squared error ÷ ``task.scale`` in regression, where 1
+    is predicting zero; 0/1 in classification.
 
-    ``batch`` gives prompts instead of drawing them (then n, seed and purpose are not used).
+    ``batch`` gives prompts instead of drawing them (then n, seed and purpose are not used). ``query_only`` asks for
+    the last example alone, which is one forward for any task: (n, 1). Otherwise (n, n_pairs).
+    See ``predictions`` for how the model is run.
+    """
+    batch = prompts(task, n, seed, purpose) if batch is None else batch
+    predicted = predictions(model, task, batch, batch_size, query_only=query_only)
+    error = task.error(predicted, batch.last() if query_only else batch)
+    _check_finite("error", error, 0, batch)
+    return error
+
+
+def predictions(
+    model: Model, task: Task, batch: Batch, batch_size: int = 256, *, query_only: bool = False
+) -> Float[Tensor, "n n_asked"]:
+    """The model's prediction of every example, or with ``query_only`` of the last one, on the CPU.
+
     The model runs without gradients and in eval mode; each submodule's mode is put back, also if it
     raises. Tokens go to the device and the dtype of the model's parameters; a plain function gets
     them as they are. Purposes never share a stream (``seeds``): these are not training data.
     Raises ``NonFinite`` if any prediction is NaN or inf: a mean would hide which.
     """
     whole_number("batch_size", batch_size, least=1)
-    batch = prompts(task, n, seed, purpose) if batch is None else batch
     parts = []
     with torch.no_grad(), _evaluating(model):
         for start in range(0, len(batch), batch_size):
             part = _fit(batch.take(slice(start, start + batch_size)), model)
-            error = task.loss(task.predict(model, part), part) / task.scale
-            _check_finite(error, start)
-            parts.append(error.cpu())
+            made = at_the_query(model, part, task.d_out) if query_only else task.predict(model, part)
+            _check_finite("prediction", made, start, part)
+            parts.append(made.detach().cpu())
     return torch.cat(parts)
 
 
 def summary(
     model: Model, task: Task, ks: Iterable[int] | None = None, n: int = 1280, seed: int = 0
 ) -> dict[int, dict[str, float]]:
-    """``{k: {"error", "standard_error", "n"}}``: mean over prompts of squared error ÷ scale.
+    """``{k: {"error", "standard_error", "n"}}``: mean over prompts of ``task.error``.
 
-    ``ks`` are numbers of examples seen, d, 2d and 4d unless given (those that the task has).
+    ``ks`` are numbers of examples seen, ``task.report_ks`` unless given.
     JSON turns the keys into text. Raises ``BadArgument`` for a k outside 0 … n_pairs - 1, and for
     fewer than two prompts.
     """
     whole_number("n", n, least=2)
-    if ks is None:
-        ks = [k for k in (task.d, 2 * task.d, 4 * task.d) if k < task.n_pairs]
-    asked = [whole_number("k", k, 0, task.n_pairs - 1) for k in ks]
-    error = errors(model, task, n=n, seed=seed).double()
-    spread = error.std(dim=0) / math.sqrt(n)
-    return {k: {"error": float(error[:, k].mean()), "standard_error": float(spread[k]), "n": n} for k in asked}
+    asked = [whole_number("k", k, 0, task.n_pairs - 1) for k in (task.report_ks if ks is None else ks)]
+    last = task.n_pairs - 1
+    error = errors(model, task, n=n, seed=seed, query_only=set(asked) == {last}).double()
+    columns = {k: error[:, k - last - 1] for k in asked}  # from the right: there may be the last one only
+    return {
+        k: {"error": float(column.mean()), "standard_error": float(column.std() / math.sqrt(n)), "n": n}
+        for k, column in columns.items()
+    }
 
 
 @contextmanager
@@ -105,13 +123,14 @@ def _fit(batch: Batch, model: Model) -> Batch:
     return dataclasses.replace(batch, tokens=batch.tokens.to(first.dtype))
 
 
-def _check_finite(error: Float[Tensor, "batch n_pairs"], start: int) -> None:
+def _check_finite(what: str, values: Float[Tensor, "batch n_asked"], start: int, batch: Batch) -> None:
     """Nothing, or ``NonFinite`` that names the first prompt and example."""
-    bad = (~error.isfinite()).nonzero()
+    bad = (~values.isfinite()).nonzero()
     if len(bad):
-        prompt, k = int(bad[0, 0]), int(bad[0, 1])
+        prompt, column = int(bad[0, 0]), int(bad[0, 1])
+        k = column + batch.targets.shape[1] - values.shape[1]
         raise NonFinite(
-            f"the error of prompt {start + prompt}, example {k} is {float(error[prompt, k])}; "
-            f"{len(bad)} of {error.numel()} in this batch are not finite: run the model on that "
+            f"the {what} of prompt {start + prompt}, example {k} is {float(values[prompt, column])}; "
+            f"{len(bad)} of {values.numel()} in this batch are not finite: run the model on that "
             f"prompt with hooks.record to see where it starts"
         )

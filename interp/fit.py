@@ -160,7 +160,7 @@ def fit(
             progress["loss_count"] += 1
             progress["seconds"] = time.perf_counter() - began
             if done % config.eval_every == 0 or done == steps:
-                row = _row(progress, rate, run.task, *validate(model))
+                row = _row(progress, rate, run.task, validate(model))
                 progress["loss_sum"], progress["loss_count"] = 0.0, 0
                 bar.set_postfix_str(_postfix(row))
                 if writer is not None:
@@ -217,25 +217,48 @@ def training_batch(run: Run, step: int, steps: int) -> tuple[Batch, torch.Genera
     return batch.to(accelerator.device) if accelerator.device.type != "cpu" else batch, generator
 
 
-Errors = Float[Tensor, " n_pairs"]
+@dataclass(frozen=True)
+class Measured:
+    """What a model makes of fixed prompts, at the examples ``ks`` on which it is trained.
+
+    loss, error   (prompt, k): the loss ÷ ``task.scale``, which is what training lowers, and the reported error
+    rivals        the error of each baseline, with the same axes
+    alike         whether the loss ÷ scale is the reported error by definition, as in regression
+    """
+
+    ks: tuple[int, ...]
+    loss: Float[Tensor, "prompt k"]
+    error: Float[Tensor, "prompt k"]
+    rivals: dict[str, Float[Tensor, "prompt k"]]
+    alike: bool
+
+    def at(self, values: Float[Tensor, "prompt k"], k: int) -> Float[Tensor, " prompt"]:
+        """The column of ``values`` for k examples seen."""
+        return values[:, self.ks.index(k)]
 
 
-def validation(run: Run) -> Callable[[nn.Module], tuple[Errors, dict[str, Errors]]]:
-    """A function model → (its error at each k, the baselines'), on one fixed batch of prompts."""
-    batch = evaluate.prompts(run.task, VALIDATION_PROMPTS, run.config.seed, "validation")
-    rivals = {name: loss.mean(0) / run.task.scale for name, loss in run.task.baselines(batch).items()}
+def measuring(run: Run, n: int, purpose: str) -> Callable[[nn.Module], Measured]:
+    """A function model → its loss and its error on ``n`` fixed prompts, beside the baselines'."""
+    task = run.task
+    batch = evaluate.prompts(task, n, run.config.seed, purpose)
+    asked = batch.last() if task.query_only else batch
+    ks = tuple(range(task.n_pairs))[-asked.targets.shape[1] :]
+    rivals = {name: error[:, -len(ks) :] / task.scale for name, error in task.baselines(batch).items()}
+    # Of a prediction that is known: a model's own would not do, its hinge and its error can both be 0.
+    nothing = torch.zeros_like(asked.targets)
+    alike = torch.equal(task.loss(nothing, asked) / task.scale, task.error(nothing, asked))
 
-    def measure(model: nn.Module) -> tuple[Errors, dict[str, Errors]]:
+    def measure(model: nn.Module) -> Measured:
         with run.accelerator.autocast():
-            errors = evaluate.errors(model, run.task, batch=batch)
-        return errors.float().mean(0), rivals
+            predicted = evaluate.predictions(model, task, batch, query_only=task.query_only).float()
+        return Measured(ks, task.loss(predicted, asked) / task.scale, task.error(predicted, asked), rivals, alike)
 
     return measure
 
 
-def examples_to_report(task: Task) -> tuple[int, ...]:
-    """The numbers of examples seen, k = d, 2d and 4d, as far as the prompts go."""
-    return tuple(k for k in (task.d, 2 * task.d, 4 * task.d) if k < task.n_pairs)
+def validation(run: Run) -> Callable[[nn.Module], Measured]:
+    """``measuring`` on the validation prompts, which are neither trained on nor reported."""
+    return measuring(run, VALIDATION_PROMPTS, "validation")
 
 
 def _agree(accelerator: Accelerator, loss: Tensor, stop: Stop) -> tuple[float, bool]:
@@ -247,18 +270,18 @@ def _agree(accelerator: Accelerator, loss: Tensor, stop: Stop) -> tuple[float, b
     return value, asked > 0
 
 
-def _row(
-    progress: dict[str, Any], rate: float, task: Task, errors: Errors, rivals: dict[str, Errors]
-) -> dict[str, Any]:
+def _row(progress: dict[str, Any], rate: float, task: Task, found: Measured) -> dict[str, Any]:
     row: dict[str, Any] = {
         "step": progress["step"],
         "loss": progress["loss_sum"] / progress["loss_count"],
         "lr": rate,
-        "error_mean": float(errors.mean()),
+        "error_mean": float(found.error.mean()),
     }
-    row |= {f"error_k{k}": float(errors[k]) for k in examples_to_report(task)}
-    if "ols" in rivals:
-        row |= {f"ols_k{k}": float(rivals["ols"][k]) for k in examples_to_report(task)}
+    if not found.alike:
+        row["validation_loss"] = float(found.loss.mean())
+    row |= {f"error_k{k}": float(found.at(found.error, k).mean()) for k in task.report_ks}
+    if "ols" in found.rivals:
+        row |= {f"ols_k{k}": float(found.at(found.rivals["ols"], k).mean()) for k in task.report_ks}
     return row | {"seconds": round(progress["seconds"], 3)}
 
 
@@ -267,6 +290,6 @@ def _postfix(row: dict[str, Any]) -> str:
     if not keys:
         return f"error {row['error_mean']:.4f}"
     key = keys[min(1, len(keys) - 1)]
-    ols = row.get(key.replace("error", "ols"))
     text = f"k={key.removeprefix('error_k')}: error {row[key]:.4f}"
-    return text if ols is None else f"{text}, OLS {ols:.4f}"
+    beside = {"OLS": row.get(key.replace("error", "ols")), "loss": row.get("validation_loss")}
+    return ", ".join([text, *(f"{name} {value:.4f}" for name, value in beside.items() if value is not None)])

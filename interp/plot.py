@@ -17,8 +17,9 @@ import seaborn
 from jaxtyping import Float, Num
 from matplotlib import pyplot
 from matplotlib.axes import Axes
-from matplotlib.colors import SymLogNorm
+from matplotlib.colors import LogNorm, SymLogNorm
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8A6FB5", "#7F4F24", "#6B705C")
@@ -51,21 +52,37 @@ def canvas(columns: Sequence[float], height: float, width: float = 12.5) -> tupl
     return figure, panels
 
 
+def grid(rows: Sequence[Sequence[float]], heights: Sequence[float], width: float = 14.0) -> tuple[Figure, list[Axes]]:
+    """A figure with rows of panels, each row with its own relative widths and its height in inches; lettered."""
+    seaborn.set_theme(context="paper", style="ticks", font_scale=1.0)
+    pyplot.rcParams["svg.fonttype"] = "none"
+    figure = pyplot.figure(figsize=(width, sum(heights)), layout="constrained")
+    parts = figure.add_gridspec(len(rows), 1, height_ratios=list(heights))
+    panels = []
+    for i, columns in enumerate(rows):
+        row = parts[i].subgridspec(1, len(columns), width_ratios=list(columns))
+        panels += [figure.add_subplot(row[j]) for j in range(len(columns))]
+    for letter, panel in zip("abcdefghijkl", panels, strict=False):
+        panel.set_title(letter, loc="left", fontweight="bold")
+    return figure, panels
+
+
 def curves(
     axes: Axes,
     x: Num[np.ndarray, "k"],
     lines: Mapping[str, tuple[Float[np.ndarray, "k"], Float[np.ndarray, "k"], Float[np.ndarray, "k"]]],
     *,
-    floor: float,
+    floor: float | None,
 ) -> None:
     """Lines with interval bands on a log axis; ``lines`` is name → (mean, low, high). Below ``floor`` nothing is
-    drawn.
+    drawn; ``floor=None`` is a linear axis.
     """
+    bottom = -np.inf if floor is None else floor
     for i, (name, (mean, low, high)) in enumerate(lines.items()):
         style = i % len(STYLES)
         axes.plot(
             x,
-            np.maximum(mean, floor),
+            np.maximum(mean, bottom),
             color=COLOURS[style],
             linestyle=STYLES[style],
             marker=MARKERS[style],
@@ -75,16 +92,115 @@ def curves(
             label=name,
         )
         axes.fill_between(
-            x, np.maximum(low, floor), np.maximum(high, floor), color=COLOURS[style], alpha=0.18, linewidth=0
+            x, np.maximum(low, bottom), np.maximum(high, bottom), color=COLOURS[style], alpha=0.18, linewidth=0
         )
-    axes.set_yscale("log")
-    axes.set_ylim(bottom=floor)
+    if floor is not None:
+        axes.set_yscale("log")
+        axes.set_ylim(bottom=floor)
     seaborn.despine(ax=axes)
 
 
-def baseline(axes: Axes, x: Num[np.ndarray, "k"], y: Float[np.ndarray, "k"], name: str, *, floor: float) -> None:
-    """A reference curve: thick, grey, without a band of its own."""
-    axes.plot(x, np.maximum(y, floor), color="0.45", linewidth=2.6, alpha=0.75, zorder=1, label=name)
+def families(
+    axes: Axes,
+    groups: Mapping[str, Mapping[str, tuple[Num[np.ndarray, "k"], Float[np.ndarray, "k 3"]]]],
+    *,
+    floor: float | None,
+    key: bool = False,
+) -> None:
+    """Several curves for each of several groups: group → member → (x, (mean, low, high) on the last axis).
+
+    Colour and marker tell the groups apart, line style the members. NaN ends draw no band. ``floor`` as in
+    :func:`curves`; ``key`` also names the groups in the legend (once in a figure is enough).
+    """
+    bottom = -np.inf if floor is None else floor
+    members = list(dict.fromkeys(member for lines in groups.values() for member in lines))
+    for i, lines in enumerate(groups.values()):
+        colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
+        for member, (x, line) in lines.items():
+            mean, low, high = np.maximum(line, bottom).T
+            style = STYLES[members.index(member) % len(STYLES)]
+            every = (0, max(1, len(x) // 8))
+            axes.plot(
+                x, mean, color=colour, linestyle=style, marker=marker, markersize=3, markevery=every, linewidth=1.3
+            )
+            axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
+    named = list(enumerate(groups)) if key else []
+    handles = [Line2D([], [], color=COLOURS[i % len(COLOURS)], marker=MARKERS[i % len(MARKERS)]) for i, _ in named]
+    labels = [name for _, name in named]
+    if len(members) > 1:
+        handles += [Line2D([], [], color="0.3", linestyle=STYLES[i % len(STYLES)]) for i in range(len(members))]
+        labels += members
+    if handles:
+        axes.legend(handles, labels, frameon=False, fontsize=7.5)
+    if floor is not None:
+        axes.set_yscale("log")
+    seaborn.despine(ax=axes)
+
+
+def boundary(axes: Axes, x: float, label: str) -> None:
+    """A vertical line between what was trained and what was not."""
+    axes.axvline(x, color="0.45", linewidth=1.0, linestyle=":", zorder=0)
+    axes.text(x, 1.0, f" {label}", transform=axes.get_xaxis_transform(), fontsize=7, color="0.35", va="top")
+
+
+def baseline(
+    axes: Axes,
+    x: Num[np.ndarray, "k"],
+    y: Float[np.ndarray, "k"],
+    name: str,
+    *,
+    floor: float | None,
+    style: int = 0,
+) -> None:
+    """A reference curve: thick, grey, without a band of its own; ``style`` tells several apart."""
+    axes.plot(
+        x,
+        np.maximum(y, -np.inf if floor is None else floor),
+        color="0.45",
+        linestyle=STYLES[style],
+        linewidth=2.6 if style == 0 else 1.8,
+        alpha=0.75,
+        zorder=1,
+        label=name,
+    )
+
+
+def bars(
+    axes: Axes,
+    names: Sequence[str],
+    groups: Mapping[str, tuple[Float[np.ndarray, "k"], Float[np.ndarray, "k"], Float[np.ndarray, "k"]]],
+    *,
+    even: float | None = None,
+) -> None:
+    """Bars side by side with their intervals: group → (mean, low, high) for each of ``names``; ``even`` is drawn as
+    the level that all would have if they were equal.
+    """
+    place, wide = np.arange(len(names)), 0.8 / len(groups)
+    for i, (group, (mean, low, high)) in enumerate(groups.items()):
+        at = place + (i - (len(groups) - 1) / 2) * wide
+        hatch = ("", "///", "...", "xx")[i % 4]
+        axes.bar(at, mean, wide, color=COLOURS[i], hatch=hatch, edgecolor="white", linewidth=0.5, label=group)
+        axes.vlines(at, low, high, color="black", linewidth=1.1)
+    axes.axhline(0, color="black", linewidth=0.8)
+    if even is not None:
+        axes.axhline(even, color="0.45", linewidth=1.4, linestyle="--", label="all equal")
+    axes.set_xticks(place, list(names))
+    seaborn.despine(ax=axes)
+
+
+def level_map(
+    axes: Axes, values: Float[np.ndarray, "row column"], rows: Sequence[str], *, label: str, edge: float | None = None
+) -> None:
+    """Positive values on a log colour scale, dark where small; ``edge`` is a line between two columns."""
+    shown = np.maximum(values, 1e-12)
+    low, high = float(shown.min()), float(shown.max())
+    norm = LogNorm(low, high if high > low else low * 1.01)
+    image = axes.imshow(shown, cmap="viridis", norm=norm, aspect="auto", interpolation="nearest")
+    axes.set_yticks(range(len(rows)), list(rows))
+    axes.tick_params(length=2)
+    if edge is not None:
+        axes.axvline(edge, color="white", linewidth=1.6, linestyle="--")
+    axes.figure.colorbar(image, ax=axes, fraction=0.05, pad=0.02).set_label(label)
 
 
 def heat_map(

@@ -16,7 +16,7 @@ import json
 import math
 import platform
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from hooks.errors import BadArgument, NonFinite, RunFailed
-from interp import evaluate, recipe, resume
+from interp import recipe, resume
 from interp.arguments import usable_device
 from interp.files import no_half, strict_json, writable_folder, write_whole
-from interp.fit import Run, examples_to_report, fit, orderly_stop, validation
+from interp.fit import Run, fit, measuring, orderly_stop, validation
 from interp.provenance import versions
 from interp.recipe import TrainConfig
 from interp.tasks.base import Task
@@ -51,11 +51,11 @@ class Trained:
     already: bool = False
 
     def summary(self) -> str:
-        """A few lines for a terminal: the errors against least squares, the cost, the folder."""
+        """A few lines for a terminal: the errors against the classical ones, the cost, the folder."""
         measured = self.card["measured"]
         # The file keeps its keys in alphabetical order: k=10 before k=5.
         rows = sorted(measured["model"], key=lambda key: (len(key), key))
-        shown = [name for name in ("model", "ols", "ridge") if name in measured]
+        shown = [name for name in ("model", "ols", "ridge", "vote", "clean_vote") if name in measured]
         lines = ["error on fresh prompts".ljust(24) + "".join(name.rjust(18) for name in shown)]
         for key in rows:
             cells = (measured[name][key] for name in shown)
@@ -181,7 +181,7 @@ def _card(path: Path) -> dict[str, Any]:
 
 
 def _search(run: Run) -> list[dict[str, Any]]:
-    """Each candidate rate with its validation error: null where the loss blew up.
+    """Each candidate rate with its validation error (the loss ÷ task.scale): null where the loss blew up.
 
     The candidates see the same prompts from the same initial weights, each with its own full cosine
     over ``search_steps``: comparing prefixes of long schedules instead would favour small rates.
@@ -201,7 +201,7 @@ def _search(run: Run) -> list[dict[str, Any]]:
         label = f"learning rate {index + 1} of {len(rates)}"
         try:
             model, _ = fit(run, rates[index], run.config.search_steps, name, label=label)
-            score = float(validation(run)(model)[0].mean())
+            score = float(validation(run)(model).loss.mean())
         except NonFinite:
             score = math.nan
         kept = score if math.isfinite(score) else None
@@ -221,7 +221,7 @@ def _search(run: Run) -> list[dict[str, Any]]:
 def _make_card(run: Run, model: nn.Module, peak: float, tried: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
     config, task = run.config, run.task
     if len(tried) == 1:
-        tried = [{"lr": peak, "validation_error": float(validation(run)(model)[0].mean())}]
+        tried = [{"lr": peak, "validation_error": float(validation(run)(model).loss.mean())}]
     return {
         "task": config.task,
         "task_config": dict(task.config),
@@ -246,19 +246,24 @@ def measured(model: nn.Module, run: Run) -> dict[str, Any]:
     """Error of the model and of every baseline on the same fresh prompts, in units of task.scale.
 
     ``{"n", "seed", "purpose", "model": {"k=5": {"error", "standard_error"}, …, "mean": {…}},
-    "ols": {…}, …}``. "mean" is over every k of a prompt; standard errors are over prompts.
+    "ols": {…}, …}``. "mean" is over every k of a prompt that is trained; standard errors are over
+    prompts. Where the loss is not the error (a classifier's hinge), the model's cells have "loss" too.
     """
-    task, seed = run.task, run.config.seed
-    batch = evaluate.prompts(task, EVALUATION_PROMPTS, seed, "evaluate")
-    with run.accelerator.autocast():
-        errors = {"model": evaluate.errors(model, task, batch=batch)}
-    errors |= {name: loss / task.scale for name, loss in task.baselines(batch).items()}
-    summary: dict[str, Any] = {"n": EVALUATION_PROMPTS, "seed": seed, "purpose": "evaluate"}
-    for name, values in errors.items():
-        columns = {f"k={k}": values[:, k] for k in examples_to_report(task)}
-        columns["mean"] = values.mean(1)
-        summary[name] = {key: _mean(column.double()) for key, column in columns.items()}
+    found = measuring(run, EVALUATION_PROMPTS, "evaluate")(model)
+    summary: dict[str, Any] = {"n": EVALUATION_PROMPTS, "seed": run.config.seed, "purpose": "evaluate"}
+    for name, error in {"model": found.error, **found.rivals}.items():
+        loss = None if found.alike or name != "model" else found.loss
+        summary[name] = {f"k={k}": _cell(error, loss, [found.ks.index(k)]) for k in run.task.report_ks}
+        summary[name]["mean"] = _cell(error, loss, range(len(found.ks)))
     return summary
+
+
+def _cell(
+    error: Float[Tensor, "prompt k"], loss: Float[Tensor, "prompt k"] | None, columns: Sequence[int]
+) -> dict[str, float]:
+    picked = list(columns)
+    cell = _mean(error[:, picked].mean(1).double())
+    return cell if loss is None else {**cell, "loss": float(loss[:, picked].mean(1).double().mean())}
 
 
 def _mean(values: Float[Tensor, " prompt"]) -> dict[str, float]:

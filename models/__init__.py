@@ -23,11 +23,15 @@ from models.checkpoint import CheckpointError, digest, load_file, save
 from models.linear_attention import LinearAttentionConfig, LinearTransformer
 from models.mamba import Mamba, MambaConfig
 from models.s4 import S4D, S4DConfig
-from models.stack import LayerState, Stack
+from models.s4_dplr import S4, S4Config
+from models.stack import LayerState, Root, Stack
+from models.theory import Theory, TheoryConfig
+from models.transformer import Transformer, TransformerConfig
 
 __all__ = [
     "ARCHITECTURES",
     "CONFIGS",
+    "S4",
     "S4D",
     "CheckpointError",
     "LayerState",
@@ -35,8 +39,14 @@ __all__ = [
     "LinearTransformer",
     "Mamba",
     "MambaConfig",
+    "Root",
+    "S4Config",
     "S4DConfig",
     "Stack",
+    "Theory",
+    "TheoryConfig",
+    "Transformer",
+    "TransformerConfig",
     "build",
     "digest",
     "load",
@@ -44,14 +54,28 @@ __all__ = [
     "save",
 ]
 
-ARCHITECTURES: dict[str, Any] = {"mamba": Mamba, "s4d": S4D, "linear_attention": LinearTransformer}
-CONFIGS: dict[str, Any] = {"mamba": MambaConfig, "s4d": S4DConfig, "linear_attention": LinearAttentionConfig}
+ARCHITECTURES: dict[str, Any] = {
+    "mamba": Mamba,
+    "s4d": S4D,
+    "s4": S4,
+    "linear_attention": LinearTransformer,
+    "transformer": Transformer,
+    "theory": Theory,
+}
+CONFIGS: dict[str, Any] = {
+    "mamba": MambaConfig,
+    "s4d": S4DConfig,
+    "s4": S4Config,
+    "linear_attention": LinearAttentionConfig,
+    "transformer": TransformerConfig,
+    "theory": TheoryConfig,
+}
 
 ZOO = Path(__file__).parent / "zoo"
 RUN_FILE = "model.safetensors"
 
 
-def build(architecture: str, **config: Any) -> Stack:
+def build(architecture: str, **config: Any) -> Root:
     """A fresh model of ``architecture``, drawn with torch's global seed.
 
     ``config`` are fields of its config class (:data:`CONFIGS`); the others have their defaults.
@@ -65,7 +89,7 @@ def build(architecture: str, **config: Any) -> Stack:
     return ARCHITECTURES[architecture](fields(**_checked(architecture, fields, config)))
 
 
-def load(source: str | os.PathLike[str] | nn.Module) -> Stack:
+def load(source: str | os.PathLike[str] | nn.Module) -> Root:
     """The trained model that ``source`` names, in eval mode, with its ``.card``.
 
     ``source``: a bundled name (:func:`names`; write ``./name`` for a folder of that name), a run
@@ -110,8 +134,8 @@ def _run_file(folder: Path) -> Path:
     raise BadArgument(f'the folder "{folder}" holds no {RUN_FILE}, so it is no run folder')
 
 
-def _from_module(module: nn.Module) -> Stack:
-    if isinstance(module, Stack):
+def _from_module(module: nn.Module) -> Root:
+    if isinstance(module, Root):
         return module
     # By name, so that a session without transformers models never pays for importing transformers.
     if any(base.__module__.startswith("transformers.") for base in type(module).__mro__):

@@ -167,6 +167,11 @@ class MambaMixer(nn.Module):
         conv = rearrange(seen[:, seen.shape[1] - taps :], "batch taps d_inner -> batch d_inner taps")
         return out, LayerState(conv, h_last)
 
+    def read(self, states: Float[Tensor, "batch pos d_inner d_state"], C: Float[Tensor, "batch pos d_state"]) -> Inner:
+        """y of ``hook_state``'s tensor and ``hook_C``'s: linear in the states."""
+        with torch.autocast(states.device.type, enabled=False):  # the fused path is in at least fp32 as well
+            return torch.einsum("bldn,bln->bld", states, C)
+
     def _scan(self, x: Inner, state: LayerState | None, return_state: bool) -> tuple[Inner, Tensor | None]:
         """C h (batch, pos, d_inner) and the last state; picks the path on the line before ``hook_decay``."""
         if not self.cfg.selective and state is None and not return_state and not watched(*self._scan_points()):
@@ -193,8 +198,7 @@ class MambaMixer(nn.Module):
         # What is returned as state is h itself; a raw hook on hook_state changes one read-out and no more.
         h_last = states[:, -1].clone()
         read = emit(self.hook_state, states)
-        with torch.autocast(read.device.type, enabled=False):  # the fused path is in at least fp32 as well
-            return torch.einsum("bldn,bln->bld", read, C), h_last
+        return self.read(read, C), h_last
 
     def _scan_points(self) -> tuple[nn.Module, ...]:
         return (

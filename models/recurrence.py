@@ -20,21 +20,23 @@ States = Float[Tensor, "batch pos d_inner n"]
 
 
 def recurrence(
-    decay: States,
+    decay: Float[Tensor, "batch pos d_inner *factors n"],
     write: States,
     h0: Float[Tensor, "batch d_inner n"] | None,
     edits: Sequence[StateEdit] = (),
     run: Callable[[Tensor, Tensor, Any], Tensor] = scan,
+    elementwise: bool = True,
 ) -> States:
     """All states (batch, pos, d_inner, n), with the ``edits`` that a ``hook_state`` point holds carried out in order.
 
-    ``run`` is the scan of one segment.
+    ``run`` is the scan of one segment. ``elementwise`` says whether ``decay`` multiplies the state entry by entry;
+    where it does not (factors of a transition matrix), no edit folds into it and each interrupts.
     """
     length = decay.shape[1]
     waiting: list[tuple[StateEdit, set[int]]] = []
     for edit in edits:
         # What comes after an interruption has to wait for it, so it interrupts as well.
-        if edit.folds and not waiting:
+        if elementwise and edit.folds and not waiting:
             decay, write = edit.fold(decay, write)
         else:
             waiting.append((edit, set(edit.positions(length))))

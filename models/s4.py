@@ -32,6 +32,7 @@ comes out of the points.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,12 +120,14 @@ class S4DMixer(nn.Module):
         self, r: Float[Tensor, "batch pos d_model"], state: LayerState | None, return_state: bool
     ) -> tuple[Float[Tensor, "batch pos d_model"], LayerState | None]:
         """Mixer output, and the state after the last position if ``return_state``."""
-        x = emit(self.hook_x, r)
-        y, h_last = self._scan(x, None if state is None else state.h, return_state)
-        y = emit(self.hook_y, y.to(x.dtype).contiguous())
-        skip = emit(self.hook_skip, self.D.to(x.dtype) * x)
-        out = emit(self.hook_out, F.glu(self.out_proj(F.gelu(y + skip)), dim=-1))
-        return out, None if h_last is None or not return_state else LayerState(None, h_last)
+        return around(self, self._scan, r, state, return_state)
+
+    def read(self, states: Float[Tensor, "batch pos d_inner re_im"]) -> Inner:
+        """y = 2 Re(C h) of ``hook_state``'s tensor: linear in the states, C being a weight."""
+        # 2 (Re C Re h − Im C Im h); in at least fp32 under autocast too.
+        C = 2 * pair(self._C(states.dtype).conj())
+        with torch.autocast(states.device.type, enabled=False):
+            return einsum(states, C, "batch pos d_inner n, d_inner n -> batch pos d_inner")
 
     def _scan(self, x: Inner, given: Tensor | None, return_state: bool) -> tuple[Inner, Pair | None]:
         """2 Re(C h) (batch, pos, d_inner) and, where it is asked for, the last state."""
@@ -136,10 +139,10 @@ class S4DMixer(nn.Module):
         delta = emit(self.hook_delta, step.expand(*x.shape[:2], -1), shared=True)
         delta_decay = emit(self.hook_delta_decay, delta, shared=True)
         delta_write = emit(self.hook_delta_write, delta, shared=True)
-        h0 = self._initial_state(given, x)
+        h0 = initial_state(self.hook_state_init, given, x, 2 * self.cfg.d_state)
         A = torch.stack([-torch.exp(self.log_A_real.to(wide)), self.A_imag.to(wide)])
-        decay = _decay(_constant(delta_decay) if looked_at else step, A)
-        write = _zero_order_hold(_constant(delta_write) if looked_at else step, A)
+        decay = _decay(constant(delta_decay) if looked_at else step, A)
+        write = _zero_order_hold(constant(delta_write) if looked_at else step, A)
         varying = decay.ndim == 4 or write.ndim == 4
         if varying or watched(self.hook_decay, self.hook_write, self.hook_state):
             return self._recur(x, decay, write, h0)
@@ -154,11 +157,7 @@ class S4DMixer(nn.Module):
         # no more, also where it writes in place: autograd keeps the states for the scan's backward.
         h_last = states[:, -1].clone()
         read = emit(self.hook_state, states, shared=states.requires_grad)
-        # 2 Re(C h) = 2 (Re C Re h − Im C Im h); in at least fp32 under autocast too.
-        C = 2 * pair(self._C(x.dtype).conj())
-        with torch.autocast(read.device.type, enabled=False):
-            y = einsum(read, C, "batch pos d_inner n, d_inner n -> batch pos d_inner")
-        return y, h_last
+        return self.read(read), h_last
 
     def _convolve(
         self, x: Inner, decay: Weights, write: Weights, h0: Pair | None, return_state: bool
@@ -186,17 +185,6 @@ class S4DMixer(nn.Module):
     def _C(self, dtype: torch.dtype) -> Weights:
         return torch.view_as_complex(self.C.to(dtype))
 
-    def _initial_state(self, given: Tensor | None, like: Inner) -> Pair | None:
-        """h_0, or None where it is zero and nobody looks."""
-        shape = (like.shape[0], self.cfg.d_model, 2 * self.cfg.d_state)
-        if given is None:
-            if not watched(self.hook_state_init):
-                return None
-            given = like.new_zeros(shape)
-        if tuple(given.shape) != shape:
-            raise BadArgument(f"the state's h has shape {tuple(given.shape)}, this model and batch need {shape}")
-        return emit(self.hook_state_init, given.to(like), shared=True)
-
 
 class S4D(Stack):
     """A stack of S4D blocks between a read-in and a read-out; see :class:`S4DConfig`."""
@@ -207,7 +195,38 @@ class S4D(Stack):
         super().__init__(cfg, lambda: S4DMixer(cfg))
 
 
-def _constant(delta: Inner) -> Tensor:
+def around(
+    mixer: Any,
+    scan: Callable[[Tensor, Tensor | None, bool], tuple[Tensor, Tensor | None]],
+    r: Float[Tensor, "batch pos d_model"],
+    state: LayerState | None,
+    return_state: bool,
+) -> tuple[Float[Tensor, "batch pos d_model"], LayerState | None]:
+    """GLU(W_out GELU(y + D x) + b) with y = ``scan(x, h_0, return_state)``: what an S4 mixer is around its recurrence.
+
+    ``mixer`` has ``hook_x``, ``hook_y``, ``hook_skip``, ``D``, ``out_proj`` and ``hook_out``.
+    """
+    x = emit(mixer.hook_x, r)
+    y, h_last = scan(x, None if state is None else state.h, return_state)
+    y = emit(mixer.hook_y, y.to(x.dtype).contiguous())
+    skip = emit(mixer.hook_skip, mixer.D.to(x.dtype) * x)
+    out = emit(mixer.hook_out, F.glu(mixer.out_proj(F.gelu(y + skip)), dim=-1))
+    return out, None if h_last is None or not return_state else LayerState(None, h_last)
+
+
+def initial_state(point: nn.Module, given: Tensor | None, like: Inner, width: int) -> Pair | None:
+    """h_0 (batch, d_inner, width) as it comes out of ``point``, or None where it is zero and nobody looks."""
+    shape = (like.shape[0], like.shape[2], width)
+    if given is None:
+        if not watched(point):
+            return None
+        given = like.new_zeros(shape)
+    if tuple(given.shape) != shape:
+        raise BadArgument(f"the state's h has shape {tuple(given.shape)}, this model and batch need {shape}")
+    return emit(point, given.to(like), shared=True)
+
+
+def constant(delta: Inner) -> Tensor:
     """Δ (d_inner,) where it is the same for every token of the batch, else ``delta`` itself.
 
     A Δ that carries gradients counts as varying: its gradient at each token exists only in the
@@ -293,9 +312,9 @@ class _PairScan(torch.autograd.Function):
         adjoint = _PairScan.apply(_conjugate(later).flip(1), grad.flip(1), nothing).flip(1)
         before = torch.cat([start[:, None], states[:, :-1]], dim=1)
         return (
-            _times(adjoint, _conjugate(before)),
+            times(adjoint, _conjugate(before)),
             adjoint,
-            _times(adjoint[:, 0], _conjugate(decay[:, 0])),
+            times(adjoint[:, 0], _conjugate(decay[:, 0])),
         )
 
 
@@ -312,7 +331,7 @@ def _advance(decay: Tensor, write: Tensor, start: Tensor, states: Tensor) -> Non
 def _advance_guarded(decay: Tensor, write: Tensor, start: Tensor, states: Tensor) -> None:
     past = start
     for t in range(decay.shape[1]):
-        past = _times(decay[:, t], past) + write[:, t]
+        past = times(decay[:, t], past) + write[:, t]
         states[:, t] = past
 
 
@@ -321,7 +340,7 @@ def _conjugate(z: Tensor) -> Tensor:
     return torch.cat([real, -imag], dim=-1)
 
 
-def _times(z: Tensor, w: Tensor) -> Tensor:
+def times(z: Tensor, w: Tensor) -> Tensor:
     """The complex product of two pairs; 0 where z is 0, whatever w is, or w is 0 and z no NaN."""
     (a, b), (p, q) = z.chunk(2, dim=-1), w.chunk(2, dim=-1)
     zero = ((a == 0) & (b == 0)) | ((p == 0) & (q == 0) & ~(a.isnan() | b.isnan()))

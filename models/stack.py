@@ -105,25 +105,25 @@ class Block(nn.Module):
         return emit(self.hook_resid_post, r), state
 
 
-class Stack(HookedModule):
+class Root(HookedModule):
     """Root of every model: ``model(x)`` is the prediction at every position.
+
+    A subclass adds ``blocks``, ``ln_final`` and ``head``, in the order in which they fire, and :meth:`_run`.
 
     Attributes: ``cfg`` (frozen dataclass), ``architecture`` (its name in ``models.ARCHITECTURES``), ``card`` (what a
     checkpoint says of itself; empty for a fresh model).
     """
 
     architecture: str
+    blocks: nn.ModuleList
+    head: Any
 
-    def __init__(self, cfg: Any, mixer: Callable[[], nn.Module], d_mlp: int = 0) -> None:
+    def __init__(self, cfg: Any) -> None:
         super().__init__()
         self.cfg = cfg
         self.card: dict[str, Any] = {}
-        self.embed = read_in(cfg)
+        self.embed: Any = read_in(cfg)
         self.hook_embed = site("hook_embed")
-        self.blocks = nn.ModuleList(Block(cfg.d_model, cfg.norm_eps, mixer(), d_mlp) for _ in range(cfg.n_layers))
-        self.ln_final = RMSNorm(cfg.d_model, cfg.norm_eps)
-        self.head = ReadOut(cfg, self.embed)
-        self.setup()
 
     @never_compiled
     def forward(
@@ -156,6 +156,42 @@ class Stack(HookedModule):
         check_output(self, output, lambda: self._run(x, state, return_state, start, stop))
         return (output, new_state) if return_state else output
 
+    def _run(
+        self, x: Tensor, state: State | None, return_state: bool, start: int | None, stop: int | None
+    ) -> tuple[Tensor, list[Any]]:
+        """What ``forward`` returns, for arguments that have been checked; layers are counted from the front."""
+        raise NotImplementedError
+
+    def _layer(self, layer: int | None, what: str) -> int | None:
+        """``layer`` counted from the front; blocks 0 … n_layers, and the end itself."""
+        count = len(self.blocks)
+        if layer is None or 0 <= layer <= count:
+            return layer
+        if -count <= layer < 0:
+            return count + layer
+        raise BadArgument(f"{what}={layer}: the model has {count} layers")
+
+    def _check(self, x: Tensor, state: State | None, start: int | None) -> None:
+        expected = self.embed.expects if start is None else self.cfg.d_model
+        if x.ndim != (2 if expected is None else 3) or (expected is not None and x.shape[-1] != expected):
+            want = "integers (batch, pos)" if expected is None else f"(batch, pos, {expected})"
+            raise BadArgument(f"the model takes {want}, the input has shape {tuple(x.shape)}")
+        if x.shape[0] == 0 or x.shape[1] == 0:
+            raise BadArgument(f"the input has shape {tuple(x.shape)}: give at least one prompt of one token")
+        if state is not None and len(state) != self.cfg.n_layers:
+            raise BadArgument(f"the state has {len(state)} layers, the model has {self.cfg.n_layers}")
+
+
+class Stack(Root):
+    """Read-in, blocks with a mixer that carries a state from token to token, final norm, read-out."""
+
+    def __init__(self, cfg: Any, mixer: Callable[[], nn.Module], d_mlp: int = 0) -> None:
+        super().__init__(cfg)
+        self.blocks = nn.ModuleList(Block(cfg.d_model, cfg.norm_eps, mixer(), d_mlp) for _ in range(cfg.n_layers))
+        self.ln_final = RMSNorm(cfg.d_model, cfg.norm_eps)
+        self.head = ReadOut(cfg, self.embed)
+        self.setup()
+
     def step(self, token: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """``(prediction (batch, d_out), state)`` of one more token: (batch, d_in), or integers (batch,)."""
         out, state = self(token[:, None], state=state, return_state=True)
@@ -177,22 +213,3 @@ class Stack(HookedModule):
             r, new = self.blocks[i](r, None if state is None else state[i], return_state)
             states.append(new)
         return (r if stop is not None else self.head(self.ln_final(r))), states
-
-    def _layer(self, layer: int | None, what: str) -> int | None:
-        """``layer`` counted from the front; blocks 0 … n_layers, and the end itself."""
-        count = len(self.blocks)
-        if layer is None or 0 <= layer <= count:
-            return layer
-        if -count <= layer < 0:
-            return count + layer
-        raise BadArgument(f"{what}={layer}: the model has {count} layers")
-
-    def _check(self, x: Tensor, state: State | None, start: int | None) -> None:
-        expected = self.embed.expects if start is None else self.cfg.d_model
-        if x.ndim != (2 if expected is None else 3) or (expected is not None and x.shape[-1] != expected):
-            want = "integers (batch, pos)" if expected is None else f"(batch, pos, {expected})"
-            raise BadArgument(f"the model takes {want}, the input has shape {tuple(x.shape)}")
-        if x.shape[0] == 0 or x.shape[1] == 0:
-            raise BadArgument(f"the input has shape {tuple(x.shape)}: give at least one prompt of one token")
-        if state is not None and len(state) != self.cfg.n_layers:
-            raise BadArgument(f"the state has {len(state)} layers, the model has {self.cfg.n_layers}")

@@ -9,11 +9,15 @@ from hooks.errors import BadArgument, unknown
 from interp.arguments import known_options
 from interp.tasks.base import Batch, Task
 from interp.tasks.linreg import LinearRegression
+from interp.tasks.outlier_linreg import OutlierLinearRegression
+from interp.tasks.outliers import Outliers
 
 __all__ = ["TASKS", "Batch", "Task", "build", "names"]
 
 TASKS: dict[str, Callable[..., Task]] = {
     "linreg": LinearRegression,
+    "outlier_linreg": OutlierLinearRegression,
+    "outliers": Outliers,
 }
 
 

@@ -57,6 +57,12 @@ class Batch:
             truth={name: value[prompts] for name, value in self.truth.items()},
         )
 
+    def last(self) -> Batch:
+        """The same prompts of which only the last example is asked: ``targets``, ``x``, ``y`` and ``read`` of it."""
+        return dataclasses.replace(
+            self, targets=self.targets[:, -1:], x=self.x[:, -1:], y=self.y[:, -1:], read=self.read[-1:]
+        )
+
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with every tensor on ``device``."""
         return Batch(
@@ -116,7 +122,17 @@ class Task(Protocol):
 
     @property
     def metric(self) -> str:
-        """What a figure writes on the axis of ``loss / scale``."""
+        """What a figure writes on the axis of ``error``."""
+        ...
+
+    @property
+    def query_only(self) -> bool:
+        """Whether only the last example of a prompt is trained and reported, so that one forward measures a model."""
+        ...
+
+    @property
+    def report_ks(self) -> tuple[int, ...]:
+        """The numbers k of examples seen at which a table gives the error; each below ``n_pairs``."""
         ...
 
     def sample(
@@ -149,7 +165,11 @@ class Task(Protocol):
         ...
 
     def loss(self, prediction: Float[Tensor, "batch n_pairs"], batch: Batch) -> Float[Tensor, "batch n_pairs"]:
-        """The error of each example, not divided by ``scale``."""
+        """What is trained (squared error, hinge) for each example, not divided by ``scale``."""
+        ...
+
+    def error(self, prediction: Float[Tensor, "batch n_pairs"], batch: Batch) -> Float[Tensor, "batch n_pairs"]:
+        """What is reported for each example: squared error ÷ ``scale`` in regression, 0/1 in classification."""
         ...
 
     def variables(self, batch: Batch) -> dict[str, Tensor]:
@@ -157,7 +177,7 @@ class Task(Protocol):
         ...
 
     def baselines(self, batch: Batch) -> dict[str, Float[Tensor, "batch n_pairs"]]:
-        """The errors of the estimators that a model is compared with, with the axes of ``loss``."""
+        """``error`` × ``scale`` of the estimators that a model is compared with, with the axes of ``loss``."""
         ...
 
 
@@ -178,6 +198,23 @@ def outputs(model: Model, tokens: Float[Tensor, "batch pos d_token"], d_out: int
             f"(batch, pos, d_out): build the model with a regression head of d_out={d_out}"
         )
     return out
+
+
+def at_the_query(model: Model, batch: Batch, d_out: int) -> Float[Tensor, "batch 1"]:
+    """The prediction of the last example of each prompt, out of one forward; compare it with ``batch.last()``.
+
+    In every layout of tokens the last position is the query of the last example.
+    """
+    return outputs(model, batch.tokens, d_out)[:, -1:, 0]
+
+
+def same_shape(prediction: Tensor, batch: Batch) -> None:
+    """Nothing, or ``BadArgument``: broadcasting would turn another shape into a number."""
+    if prediction.shape != batch.targets.shape:
+        raise BadArgument(
+            f"the prediction is {tuple(prediction.shape)} and the targets are "
+            f"{tuple(batch.targets.shape)}; give one prediction for each example"
+        )
 
 
 def at_each_query(

@@ -12,10 +12,9 @@ from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
-from hooks.errors import BadArgument
 from interp import estimators
 from interp.arguments import one_of, whole_number
-from interp.tasks.base import Batch, Model, at_each_query, outputs
+from interp.tasks.base import Batch, Model, at_each_query, outputs, same_shape
 
 TOKENS = {"interleaved": ("x", "y"), "joint": ("pair", "query")}
 COVARIANCES = ("isotropic", "skewed")
@@ -44,6 +43,7 @@ class LinearRegression:
     name = "linreg"
     d_out = 1
     metric = "squared error / d"
+    query_only = False
 
     def __init__(
         self,
@@ -69,6 +69,11 @@ class LinearRegression:
             "tokens": self.tokens,
             "covariance": self.covariance,
         }
+
+    @property
+    def report_ks(self) -> tuple[int, ...]:
+        """k = d, 2d and 4d, as far as the prompts go."""
+        return tuple(k for k in (self.d, 2 * self.d, 4 * self.d) if k < self.n_pairs)
 
     def sample(
         self,
@@ -129,12 +134,12 @@ class LinearRegression:
 
     def loss(self, prediction: Float[Tensor, "batch n_pairs"], batch: Batch) -> Float[Tensor, "batch n_pairs"]:
         """(prediction - y)² of each example; divided by ``scale`` it is the paper's axis."""
-        if prediction.shape != batch.targets.shape:
-            raise BadArgument(
-                f"the prediction is {tuple(prediction.shape)} and the targets are "
-                f"{tuple(batch.targets.shape)}; give one prediction for each example"
-            )
+        same_shape(prediction, batch)
         return (prediction - batch.targets) ** 2
+
+    def error(self, prediction: Float[Tensor, "batch n_pairs"], batch: Batch) -> Float[Tensor, "batch n_pairs"]:
+        """(prediction - y)² ÷ d of each example: the paper's axis, on which predicting zero is 1."""
+        return self.loss(prediction, batch) / self.scale
 
     def variables(self, batch: Batch) -> dict[str, Tensor]:
         """What a solver could hold; entry k uses the k pairs before example k, and is 0 at k = 0.

@@ -15,6 +15,10 @@ from hooks.errors import BadArgument
 from interp import estimators, seeds, tasks
 
 
+NEEDED = {"gd": {"steps": 3}, "gdpp": {"steps": 3}, "newton": {"steps": 3}, "online_gd": {"rate": 0.1}}
+"""Options without a default, by estimator."""
+
+
 @dataclass(frozen=True)
 class Pairs:
     """Inputs and labels without a task."""
@@ -118,7 +122,7 @@ def test_averaging_is_the_mean_of_y_x() -> None:
 @pytest.mark.law
 @pytest.mark.parametrize("name", estimators.names())
 def test_no_estimator_looks_ahead(name: str) -> None:
-    pairs, estimator = noisy(), estimators.build(name)
+    pairs, estimator = noisy(), estimators.build(name, **NEEDED.get(name, {}))
     before = estimator(pairs)
     y, x = pairs.y.clone(), pairs.x.clone()
     y[:, 6] += 5
@@ -132,7 +136,7 @@ def test_no_estimator_looks_ahead(name: str) -> None:
 @pytest.mark.law
 @pytest.mark.parametrize("name", estimators.names())
 def test_every_estimator_predicts_zero_before_the_first_pair_and_keeps_the_type(name: str) -> None:
-    pairs, estimator = noisy(), estimators.build(name)
+    pairs, estimator = noisy(), estimators.build(name, **NEEDED.get(name, {}))
     found = estimator(Pairs(pairs.x.float(), pairs.y.float()))
     assert found.dtype == torch.float32 and found.shape == pairs.y.shape
     assert not found[:, 0].any() and found[:, 1:].all()
@@ -141,12 +145,13 @@ def test_every_estimator_predicts_zero_before_the_first_pair_and_keeps_the_type(
 
 
 @pytest.mark.law
-@pytest.mark.parametrize("name", ["ols", "ridge", "averaging"])
+@pytest.mark.parametrize("name", ["ols", "ridge", "averaging", "gd", "gdpp", "newton"])
 def test_linear_estimators_do_not_care_for_the_order_of_the_pairs(name: str) -> None:
     pairs = noisy()
     order = torch.tensor([5, 3, 8, 0, 9, 1, 10, 7, 2, 6, 4, 11])
-    shuffled = estimators.build(name)(Pairs(pairs.x[:, order], pairs.y[:, order]))
-    found = estimators.build(name)(pairs)
+    estimator = estimators.build(name, **NEEDED.get(name, {}))
+    shuffled = estimator(Pairs(pairs.x[:, order], pairs.y[:, order]))
+    found = estimator(pairs)
     torch.testing.assert_close(shuffled[:, -1], found[:, -1])
     assert not torch.isclose(shuffled[:, 5], found[:, 5]).any()
 

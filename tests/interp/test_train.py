@@ -125,7 +125,7 @@ KILLS = {
     "metrics written, checkpoint not": (resume.Metrics, "append", 4, False),
     "bytes written, not yet renamed": (resume.os, "replace", 5, True),
     "renamed": (resume.os, "replace", 5, False),
-    "after the last step": (fit.evaluate, "errors", 5, True),
+    "after the last step": (fit.evaluate, "predictions", 5, True),
     "model written, resume not yet removed": (shutil, "rmtree", 1, True),
 }
 

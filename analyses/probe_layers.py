@@ -1,0 +1,402 @@
+"""How a model's answer comes about over its blocks, and which algorithm it is.
+
+Estimand   (1) the lens: each block's residual stream at the query through the model's own norm and
+           head, with a scale and a shift fitted on m points of each prompt, error on other queries
+           of the same context; the scales and shifts; the same without fitting. Each block's share
+           of the decrease of the error, and of its logarithm. (2) R² of ridge probes, after each
+           block, from the residual at the query and from the recurrent state, to the task's
+           variables. (3) The distance of each block's prediction, in the labels' unit by one scale
+           and shift for all prompts, to gradient descent after t steps, GD++, Newton, online
+           descent, ridge, least squares, k-NN, averaging; the nearest, chosen on half of the
+           prompts and judged on the other half. (4) Error after each block and each number k of
+           examples, up to twice as many as in training
+Controls   the floor of the fit, by formula and measured with the predictions of another prompt; the
+           labels of another w; the same architecture with random weights in the lens and the
+           probes; shuffled targets and running sums in the probes; least squares on another w's
+           labels in the matching; the lens after the last block against the model itself
+Not shown  whether what can be read is used (ablate_delta edits, this only reads); what a probe that
+           is not linear could read; other trainings: the intervals are over prompts
+Cost       40 seconds with 256 prompts on 2 cores that were shared with other work
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from interp import cli
+
+if TYPE_CHECKING:
+    import numpy as np
+    from matplotlib.figure import Figure
+
+    from interp.layers import Lens, Map, Probed, Subject
+    from interp.matching import Candidates
+    from interp.result import Check, Result
+
+QUICK = 64
+NAMES = {
+    "w": "w", "w_ols": "least-squares estimate", "Xty": "Xᵀy", "y": "y",
+    "direction": "direction", "label": "label", "Xty_clean": "Xᵀy of clean ones", "n_clean": "number of clean ones",
+}  # fmt: skip
+"""What the figure calls the targets of the probes."""
+FP32 = 1e-4
+"""Largest difference between two fp32 paths of one function, relative to the largest value."""
+
+
+@dataclass(frozen=True)
+class Config:
+    task: str = "linreg"
+    "What was learned in context."
+    task_config: tuple[str, ...] = ()
+    "Options that differ from the checkpoint's own, as name=value, e.g. n_pairs=31."
+    model: str | None = None
+    "A bundled name or a run folder; mamba-<task> if not given."
+    prompts: int = 256
+    "Prompts of the lens; probes, matching and map take twice as many others."
+    k: int | None = None
+    "Examples in the context of lens and probes; as many as in training if not given."
+    m: int = 10
+    "Queries of each prompt that fit its scale and shift; 6 or more."
+    queries: int = 20
+    "Other queries of each prompt, on which the lens is judged."
+    seed: int = 0
+    "Chooses the prompts."
+    device: str = "cpu"
+    "cpu, cuda or mps."
+    out: Path = Path("out")
+    "Where the result's folder goes."
+    quick: bool = False
+    "The same with 64 prompts."
+    json: bool = False
+    "Print result.json instead of the table."
+
+
+def run(config: Config) -> Result:
+    """Every part and check of the module's docstring.
+
+    Raises BadArgument for a task, model or device that there is not, for m below 6, a k that the model cannot read,
+    and a task whose tokens the checkpoint cannot read.
+    """
+    began = time.perf_counter()
+    import torch
+
+    import models
+    from interp import layer_rows, layers, lens, matching, provenance
+    from interp.arguments import whole_number
+    from interp.progress import progress
+    from interp.result import Result
+
+    m, queries = whole_number("m", config.m, lens.LEAST_M), whole_number("queries", config.queries, 1)
+    prompts = QUICK if config.quick else whole_number("prompts", config.prompts, 32)
+    subject = _subject(config)
+    with torch.no_grad(), progress(4, "probe_layers") as tick:
+        seen = layers.through_lens(subject, prompts, m, queries)
+        tick()
+        probes = layers.probes(subject, 2 * prompts)
+        tick()
+        levels = layers.error_map(subject, 2 * prompts)
+        tick()
+        found = matching.candidates(levels.within()) if subject.regression else None
+        matches = layers.matches(levels, found, config.seed)
+        tick()
+    asked = {key: value for key, value in asdict(config).items() if key not in ("out", "json")}
+    resolved = {"model": subject.name, "prompts": prompts, "k": subject.k, "task_config": subject.task.config}
+    rows = layer_rows.lens_rows(seen, m) + layer_rows.probe_rows(probes)
+    rows += layer_rows.match_rows(matches) + layer_rows.map_rows(levels, subject)
+    checks = _checks(subject, seen, probes, levels, found, config)
+    seconds = time.perf_counter() - began
+    return Result(
+        config={**asked, **resolved},
+        table=layer_rows.table(rows, subject.name),
+        arrays={
+            **layer_rows.lens_arrays(seen, m, subject.regression),
+            **layer_rows.probe_arrays(probes),
+            **layer_rows.match_arrays(matches, found, levels, config.seed),
+            **layer_rows.map_arrays(levels),
+        },
+        checks=checks,
+        provenance={
+            **provenance.provenance(seed=config.seed, device=config.device, seconds=seconds),
+            "weights": models.digest(subject.model),
+            "notes": _notes(subject, probes, levels),
+        },
+    )
+
+
+def _subject(config: Config) -> Subject:
+    import torch
+
+    import models
+    from hooks.errors import BadArgument
+    from interp import tasks
+    from interp.arguments import named_values, usable_device, whole_number
+    from interp.layers import Subject
+
+    if config.task not in tasks.names():
+        tasks.build(config.task)
+    name = config.model or f"mamba-{config.task}"
+    device = usable_device(config.device)
+    model = models.load(name).to(device)
+    trained_on = model.card.get("task")
+    if trained_on != config.task:
+        raise BadArgument(f'{name} was trained on "{trained_on}", not on "{config.task}"')
+    task = tasks.build(config.task, **{**model.card["task_config"], **named_values("task-config", config.task_config)})
+    if (task.d_token, task.d_out) != (model.cfg.d_in, model.cfg.d_out):
+        raise BadArgument(
+            f"{name} reads tokens of {model.cfg.d_in} numbers and this task has {task.d_token}; "
+            f"it was trained on {model.card['task_config']}"
+        )
+    if getattr(task, "alpha", None) is not None:
+        raise BadArgument(
+            f"alpha={task.alpha}: the lens asks several queries after one context, and a fixed share of outliers would "
+            "be counted over both; leave alpha out (p_a contaminates each example by itself)"
+        )
+    k = task.n_pairs - 1 if config.k is None else whole_number("k", config.k, 1)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        fresh = models.build(model.architecture, **asdict(model.cfg)).eval()
+    subject = Subject(name, model, fresh.to(device), task, k, config.seed, config.device)
+    if k >= subject.longest:
+        raise BadArgument(f"k={k}: prompts of at most {subject.longest} pairs are read here; give a smaller k")
+    return subject
+
+
+def _notes(subject: Subject, probes: list[Probed], levels: Map) -> list[str]:
+    """One line for each part that this model or task leaves out."""
+    notes = []
+    if not any(one.features == "state" for one in probes):
+        notes.append(f"{subject.name} has no recurrent state: probes read the residual stream only")
+    if not subject.regression:
+        notes.append(f"{subject.task.name} is no regression: no algorithm is matched, and the floor of errors is 1/2")
+    if levels.raw.shape[-1] < 2 * subject.task.n_pairs:
+        notes.append(f"{subject.name} reads at most {levels.raw.shape[-1]} pairs: the map ends there")
+    return notes
+
+
+# --- checks -----------------------------------------------------------------------------------
+
+
+def _checks(
+    subject: Subject,
+    seen: Lens,
+    probes: list[Probed],
+    levels: Map,
+    found: Candidates | None,
+    config: Config,
+) -> list[Check]:
+    """What must hold for the numbers to mean anything."""
+    import numpy as np
+    import torch
+
+    from interp import lens, seeds
+    from interp.evaluate import predictions
+    from interp.result import Check
+    from interp.stats import ratio
+
+    task, model, checks = subject.task, subject.model, []
+    part = levels.batch.take(slice(0, 32))
+    whole = predictions(model, task, part)
+    moved = float((levels.decoded[-1, :32] - whole).abs().max() / whole.abs().max())
+    checks.append(Check.at_most("map after the last block against the model itself, relative", moved, FP32))
+    batch = subject.sample(32, 0, subject.k + 2)
+    run = torch.cat([lens.context_tokens(batch, subject.k), lens.query_tokens(batch)[:, -1:]], dim=1)
+    with torch.no_grad():
+        direct = model(run)[:, -1, 0]
+    forked = lens.forks(model, batch, subject.k).decoded[-1, :, -1]
+    moved = float((forked - direct).abs().max() / direct.abs().max())
+    checks.append(Check.at_most("lens after the last block against a run of its own, relative", moved, FP32))
+    if model.card.get("task_config") == task.config:
+        for k in task.report_ks:
+            said = model.card["measured"]["model"][f"k={k}"]
+            error = levels.raw[-1, :, k].double()
+            spread = (said["standard_error"] ** 2 + float(error.var()) / len(error)) ** 0.5
+            gap = abs(float(error.mean()) - said["error"]) / max(spread, 1e-12)
+            checks.append(Check.at_most(f"error at k={k} against the card, in standard errors", gap, 4.0))
+    if probes:
+        blind = float(np.mean([one.probe.controls["shuffled"].mean for one in probes]))
+        checks.append(Check.at_most("probes of shuffled targets: mean R²", blind, 0.02))
+    if subject.regression:
+        size = seen.size.double().cpu().numpy()
+        ours = ratio(seen.other_prompt[-1].double().cpu().numpy(), size)
+        gap = abs(float(ours.mean) - lens.floor(config.m)) / max(float(ours.high - ours.low) / 3.92, 1e-12)
+        checks.append(
+            Check.at_most("floor, formula against another prompt's predictions, in standard errors", gap, 4.0)
+        )
+        nothing, least = float(size.mean()), 0.9 * (1 - 1 / task.d)
+    else:
+        nothing, least = 1.0, 0.4
+    for name, values in (("labels of another w", seen.other_labels), ("untrained weights", seen.untrained)):
+        level = float(values[-1].mean()) / nothing
+        checks.append(Check.at_least(f"{name}: the lens after the last block, relative to zero", level, least))
+    if found is not None:
+        from interp import estimators
+
+        wrong = estimators.build("ols")(task.corrupt(levels.within(), seeds.generator("corrupt", subject.seed)))
+        own = levels.calibrated[-1][:, : levels.trained]
+        level = float((wrong - own)[:, 1:].square().mean() / own[:, 1:].square().mean())
+        checks.append(Check.at_least("distance to least squares of another w's labels", level, 0.9))
+    return checks
+
+
+# --- figure -----------------------------------------------------------------------------------
+
+
+def plot(result: Result) -> Figure:
+    """Lens, scale and shift, shares of the decrease; probes of residual and state, nearest algorithms, map."""
+    import numpy as np
+
+    from interp import plot as draw
+
+    arrays, config = result.arrays, result.config
+    blocks = np.arange(arrays["lens_fitted"].shape[1])
+    figure, panels = draw.grid([(1.2, 0.9, 1.1), (0.85, 0.85, 1.15, 1.15)], heights=(3.8, 4.4), width=15.0)
+    _draw_lens(panels[0], arrays, blocks, draw)
+    draw.curves(panels[1], blocks, {"scale a": tuple(arrays["scale"]), "shift b": tuple(arrays["shift"])}, floor=None)
+    draw.baseline(panels[1], blocks, np.ones(len(blocks)), "no scaling, no shift", floor=None, style=1)
+    draw.baseline(panels[1], blocks, np.zeros(len(blocks)), "_", floor=None, style=1)
+    panels[1].set_ylabel("y ≈ a ŷ + b, median over prompts")
+    draw.bars(
+        panels[2],
+        [str(b) for b in blocks[1:]],
+        {"error": tuple(arrays["share"]), "log error": tuple(arrays["factor"])},
+        even=1 / max(1, len(blocks) - 1),
+    )
+    panels[2].set_ylabel("share of the decrease")
+    for panel, features in ((panels[3], "residual"), (panels[4], "state")):
+        _draw_probes(panel, arrays, features, draw)
+    _draw_matches(panels[5], arrays, blocks, draw)
+    draw.level_map(
+        panels[6],
+        arrays["map"],
+        [str(b) for b in blocks],
+        label=f"{_axis(config)}, not fitted",
+        edge=float(arrays["map_trained"]) - 0.5,
+    )
+    panels[6].set_xlabel("examples seen, k (beyond the line: more than in training)")
+    panels[6].set_ylabel("block")
+    for panel in panels[:6]:
+        panel.set_xlabel("block" if panel is panels[2] else "block (0: before the first)")
+    for panel in panels[:3]:
+        panel.legend(frameon=False, fontsize=7)
+    # Residual and state share their lines; the legends stand where no curve is.
+    panels[3].legend(frameon=False, fontsize=6.5, loc="upper center", bbox_to_anchor=(1.1, -0.14), ncols=4)
+    panels[5].legend(frameon=False, fontsize=6.5, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=5)
+    panels[0].set_ylabel(_axis(config))
+    figure.suptitle(_title(result), fontsize=10.5)
+    figure.supxlabel(
+        f"n = {config['prompts']} prompts (lens; m = {config['m']} points fit, {config['queries']} judge), "
+        f"{2 * config['prompts']} others (probes: a quarter judges; matching: half; map); k = {config['k']}; "
+        "bands and lines: 95 % bootstrap over prompts; * nearest, (*) not told apart from the next",
+        fontsize=7.5,
+        color="0.35",
+    )
+    return figure
+
+
+def _axis(config: Mapping[str, Any]) -> str:
+    return "share of wrong labels" if config["task"] == "outliers" else "squared error ÷ E[y²]"
+
+
+def _draw_lens(axes: Any, arrays: Mapping[str, Any], blocks: np.ndarray, draw: Any) -> None:
+    import numpy as np
+
+    floor = max(1e-5, 0.3 * float(arrays["lens_fitted"].min()))
+    named = {
+        "fitted": "lens_fitted",
+        "not fitted": "lens_raw",
+        "untrained weights, fitted": "lens_untrained",
+        "labels of another w, fitted": "lens_other_labels",
+    }
+    draw.curves(axes, blocks, {name: tuple(arrays[key]) for name, key in named.items()}, floor=floor)
+    level = np.full(len(blocks), float(arrays["lens_floor"]))
+    draw.baseline(axes, blocks, level, "knows nothing (formula)", floor=floor)
+    for style, (name, key) in enumerate({"GD, a step a block": "descent_gd", "GD++": "descent_gdpp"}.items(), start=2):
+        if key in arrays:
+            draw.baseline(axes, blocks, arrays[key], name, floor=floor, style=style)
+
+
+def _draw_probes(axes: Any, arrays: Mapping[str, Any], features: str, draw: Any) -> None:
+    import numpy as np
+
+    ks, name = arrays["probe_ks"], f"probe_{features}"
+    late = arrays.get(f"{name}_{ks[-1]}")
+    if late is None:
+        axes.set_axis_off()
+        axes.text(0.5, 0.5, f"no {features} to probe", ha="center", transform=axes.transAxes)
+        return
+    targets = [str(target) for target in arrays["probe_targets"]]
+    at = np.arange(late.shape[-1]) + (0 if features == "residual" else 1)
+    # With as many pairs as unknowns least squares is w: it is drawn where the pairs do not determine it.
+    lines = {NAMES[t]: tuple(late[i]) for i, t in enumerate(targets) if t != "w_ols" or len(ks) == 1}
+    if "w_ols" in targets and len(ks) > 1:
+        lines[f"{NAMES['w_ols']}, k = {ks[0]}"] = tuple(arrays[f"{name}_{ks[0]}"][targets.index("w_ols")])
+    draw.curves(axes, at, lines, floor=None)
+    first = NAMES[targets[0]]
+    draw.baseline(axes, at, arrays[f"{name}_{ks[-1]}_shuffled"][0, 0], f"{first}, shuffled", floor=None)
+    draw.baseline(axes, at, arrays[f"{name}_{ks[-1]}_untrained"][0, 0], f"{first}, untrained", floor=None, style=1)
+    sums = np.full(len(at), arrays[f"probe_sums_{ks[-1]}"][0, 0, 0])
+    draw.baseline(axes, at, sums, f"{first}, from running sums", floor=None, style=3)
+    axes.set_xticks(at)
+    axes.set_ylim(-0.28, 1.05)
+    axes.set_ylabel(f"R² of a ridge probe from the {features}")
+
+
+def _draw_matches(axes: Any, arrays: Mapping[str, Any], blocks: np.ndarray, draw: Any) -> None:
+    import numpy as np
+
+    if "match" not in arrays:
+        axes.set_axis_off()
+        axes.text(0.5, 0.5, "no algorithm is matched", ha="center", transform=axes.transAxes)
+        return
+    floor = 0.5 * float(arrays["match"][:, 0].min())
+    names = [str(name) for name in arrays["match_families"]]
+    lines = {
+        name: tuple(np.minimum(ends, 3)) for name, ends in zip(names, arrays["match"], strict=True) if name != "zero"
+    }
+    draw.curves(axes, blocks, lines, floor=floor)
+    draw.baseline(axes, blocks, np.ones(len(blocks)), "zero", floor=floor)
+    for block, (best, setting) in enumerate(zip(arrays["match_best"], arrays["match_setting"], strict=True)):
+        sure = "*" if arrays["match_clear"][block] else "(*)"
+        axes.text(block, floor / 2.5, f"{sure} {best} {setting}", rotation=90, ha="center", va="top", fontsize=6)
+    axes.set_ylim(floor / 400, 3.3)
+    axes.set_ylabel("distance: Σ (ŷ − algorithm)² ÷ Σ ŷ²")
+
+
+def _title(result: Result) -> str:
+    """The sentence that the figure supports, made from its numbers."""
+    import numpy as np
+
+    arrays, config = result.arrays, result.config
+    fitted, share, words = arrays["lens_fitted"], arrays["share"], str(arrays["profile_words"][0])
+    (before, *between), (after, *end) = fitted[:, 0], fitted[:, -1]
+    blocks = share.shape[1]
+    way = {
+        "steady": "steadily",
+        "stepwise": "in few steps",
+        "neither steady nor stepwise": "neither evenly nor in few steps",
+        "flat": "without a clear decrease",
+        "rising": "with an increase",
+    }.get(words, words)
+    largest = int(np.argmax(share[0]))
+    text = (
+        f"{config['model']}, {config['k']} examples: over {blocks} blocks the error goes from {before:.2g} "
+        f"[{between[0]:.2g}, {between[1]:.2g}] to {after:.2g} [{end[0]:.2g}, {end[1]:.2g}], {way}"
+    )
+    if words not in ("flat", "rising"):
+        ends = f"[{share[1, largest]:.0%}, {share[2, largest]:.0%}]"
+        text += f"; the largest share is block {largest + 1}'s, {share[0, largest]:.0%} {ends}"
+    if "match_best" in arrays:
+        name = " ".join(filter(None, (str(arrays["match_best"][-1]), f"({arrays['match_setting'][-1]})")))
+        name = name.replace(" ()", "")
+        sure = "" if arrays["match_clear"][-1] else ", not told apart from the next"
+        text += f";\nof the algorithms tried, the last block's predictions are nearest to {name}{sure}"
+    return text
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli.main(sys.modules[__name__]))

@@ -1,0 +1,194 @@
+"""Solvers that approach least squares step by step, for every prompt, every k and every step at once.
+
+With A = (1/k) Σ_{i<k} x_i x_iᵀ = V diag(λ) Vᵀ and b = (1/k) Σ_{i<k} y_i x_i, each of them is a filter of A's spectrum,
+
+    w_t = V diag(f_t(λ)) Vᵀ b,        f_t(λ) = (1 - r_t(λ)) / λ,
+
+where r_t is the share of least squares' answer that is still missing along an eigenvector after t steps:
+
+    gradient descent   r_t = (1 - η λ)^t
+    GD++, once         r_t = (1 - η λ')^t                 λ' = λ (1 - γ λ)²
+    GD++, iterated     r_t = Π_{s<t} (1 - η_s λ_s)        λ_{s+1} = λ_s (1 - γ_s λ_s)²
+    Newton             r_t = (1 - λ² / |A²|_F)^(2^t)
+
+So one decomposition for each prompt and k gives all of them. It costs accuracy only along directions whose λ is below
+1e-13 of the largest: those are left out, as least squares of minimum norm leaves out what is absent.
+Sources: arXiv 2212.07677 (GD++), 2310.17086 (Newton), 2509.23779 §3 (online descent with forgetting), 2402.03170 §3.2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from einops import einsum
+from jaxtyping import Float
+from torch import Tensor
+
+from hooks.errors import BadArgument
+from interp.arguments import one_of, whole_number
+
+ABSENT = 1e-13
+"""An eigenvalue smaller than this, relative to the largest, is rounding of the decomposition."""
+
+X = Float[Tensor, "batch n_pairs d"]
+Y = Float[Tensor, "batch n_pairs"]
+Path = Float[Tensor, "step batch n_pairs"]
+Eigen = Float[Tensor, "batch n_pairs d"]
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """What the prediction of example k needs of the k pairs before it, in the eigenbasis of their A.
+
+    values     λ, ascending; 0 where a direction is absent
+    products   (v·x_k)(v·b), so that a filter's prediction is Σ_v f(λ_v) products_v
+    """
+
+    values: Eigen
+    products: Eigen
+
+    @staticmethod
+    def of(x: X, y: Y) -> Spectrum:
+        """The spectrum for every prompt and k, in fp64 on the CPU; all zero at k = 0."""
+        inputs, labels = x.detach().cpu().double(), y.detach().double().cpu()
+        count = torch.arange(x.shape[1], dtype=inputs.dtype).clamp(min=1)
+        covariance = sums_before(einsum(inputs, inputs, "b k i, b k j -> b k i j")) / count[:, None, None]
+        moment = sums_before(labels[..., None] * inputs) / count[:, None]
+        values, vectors = torch.linalg.eigh(covariance)
+        present = values > ABSENT * values[..., -1:].clamp(min=0)
+        along = einsum(vectors, inputs, "b k i v, b k i -> b k v")
+        products = along * einsum(vectors, moment, "b k i v, b k i -> b k v")
+        return Spectrum(values * present, products * present)
+
+    def predict(self, missing: Float[Tensor, "step batch n_pairs d"]) -> Path:
+        """Predictions of the filters (1 - missing) / λ, one for each step."""
+        safe = self.values.masked_fill(self.values == 0, 1.0)
+        return einsum((1 - missing) / safe, self.products, "step b k v, b k v -> step b k")
+
+    def best_rate(self, values: Eigen | None = None) -> Float[Tensor, "batch n_pairs 1"]:
+        """2 / (λ_max + λ_min) over the directions that are present: the fastest fixed step. 0 at k = 0."""
+        values = self.values if values is None else values
+        present = self.values > 0
+        low = values.masked_fill(~present, torch.inf).amin(-1, keepdim=True)
+        total = values.amax(-1, keepdim=True) + low
+        return torch.where(total.isfinite(), 2 / total, 0.0)
+
+
+def gd_path(x: X, y: Y, steps: int, rate: float | None = None, *, spectrum: Spectrum | None = None) -> Path:
+    """Predictions of gradient descent after 0, 1, … ``steps`` steps from w = 0: entry t is after t steps.
+
+    w ← w - rate (A w - b), the gradient of (1/2k) Σ_{i<k} (y_i - w·x_i)². ``rate=None`` is 2 / (λ_max + λ_min) of each
+    prompt and k, λ_min the smallest that is not zero; the path then ends at least squares of minimum norm. A number is
+    the same for all; it diverges where it exceeds 2 / λ_max. ``spectrum``: of the same x and y, if it is at hand.
+    """
+    whole_number("steps", steps, least=0)
+    of = spectrum or Spectrum.of(x, y)
+    eta = of.best_rate() if rate is None else _positive("rate", rate)
+    shrink = 1 - eta * of.values
+    return of.predict(torch.stack([shrink**t for t in range(steps + 1)])).to(y)
+
+
+def gdpp_path(
+    x: X,
+    y: Y,
+    steps: int,
+    rate: float | None = None,
+    gamma: float | None = None,
+    form: str = "iterated",
+    *,
+    spectrum: Spectrum | None = None,
+) -> Path:
+    """Predictions of GD++ after 0, 1, … ``steps`` steps: descent on inputs that (I - γ A) has made rounder.
+
+    form="iterated"   every step, of von Oswald et al.: y's residuals take a gradient step on the current inputs, then
+                      all inputs, the query too, become (I - γ A) x with the A of the current inputs
+    form="once"       the inputs are transformed once, before the first step, as in arXiv 2402.03170
+
+    A has 1/k in it, so a γ for XᵀX is k times smaller. ``rate=None`` is 2 / (λ_max + λ_min) of the current inputs,
+    ``gamma=None`` is 1 / (3 λ_max), the largest that keeps the eigenvalues in order. With both the path ends at least
+    squares.
+    """
+    whole_number("steps", steps, least=0)
+    one_of("form", form, ("iterated", "once"))
+    of = spectrum or Spectrum.of(x, y)
+    values = of.values
+    missing = torch.ones_like(values)
+    path = [missing]
+    if form == "once":
+        values = _rounder(values, gamma)
+    for _ in range(steps):
+        eta = of.best_rate(values) if rate is None else _positive("rate", rate)
+        missing = missing * (1 - eta * values)
+        path.append(missing)
+        if form == "iterated":
+            values = _rounder(values, gamma)
+    return of.predict(torch.stack(path)).to(y)
+
+
+def newton_path(x: X, y: Y, steps: int, *, spectrum: Spectrum | None = None) -> Path:
+    """Predictions of w = M_t b after 0, 1, … ``steps`` steps of M ← M (2 I - A M) from M_0 = A / |A Aᵀ|_F.
+
+    The iteration of Newton and Schulz for A's inverse (its pseudo-inverse where A is singular). Entry 0 is M_0 b and
+    not zero; the missing share is squared at each step.
+    """
+    whole_number("steps", steps, least=0)
+    of = spectrum or Spectrum.of(x, y)
+    square = of.values.square()
+    size = square.square().sum(-1, keepdim=True).sqrt()
+    start = 1 - square / size.masked_fill(size == 0, 1.0)
+    path = [start]
+    for _ in range(steps):
+        path.append(path[-1].square())
+    return of.predict(torch.stack(path)).to(y)
+
+
+def online_gd_path(x: X, y: Y, settings: Sequence[tuple[float, float]], form: str = "residual") -> Path:
+    """Predictions of one pass through the pairs, for each ``(rate, forgetting)`` of ``settings``.
+
+        w_{k+1} = a w_k + rate e_k x_k,        w_0 = 0,    a = forgetting in (0, 1]
+
+    form="residual"   e_k = y_k - a w_k·x_k: stochastic gradient descent (Widrow and Hoff), each pair once
+    form="label"      e_k = y_k: gradients taken at w = 0. The recursion of arXiv 2509.23779 with rate = (1 - a) β;
+                      its query decays the state once more, so its prediction is a times this one
+    """
+    one_of("form", form, ("residual", "label"))
+    for rate, forgetting in settings:
+        _positive("rate", rate)
+        if not 0 < forgetting <= 1:
+            raise BadArgument(f"forgetting={forgetting!r} does not work; give a number in (0, 1]; 1 forgets nothing")
+    inputs, labels = x.detach().cpu().double(), y.detach().double().cpu()
+    rates, keep = torch.tensor(settings, dtype=inputs.dtype).reshape(-1, 2).T[:, :, None]
+    w = inputs.new_zeros(len(settings), len(inputs), inputs.shape[-1])
+    path = []
+    for k in range(inputs.shape[1]):
+        newest = inputs[:, k]
+        predicted = einsum(w, newest, "s b i, b i -> s b")
+        path.append(predicted)
+        error = labels[:, k] - (keep * predicted if form == "residual" else 0)
+        w = keep[..., None] * w + (rates * error)[..., None] * newest
+    return torch.stack(path, dim=2).to(y)
+
+
+def sums_before(terms: Float[Tensor, "batch n_pairs *rest"]) -> Float[Tensor, "batch n_pairs *rest"]:
+    """Σ_{i<k} terms_i for every k along axis 1.
+
+    By shifting, not by subtracting term k from the sum up to k: at k = 0 it is then exactly zero.
+    """
+    sums = torch.zeros_like(terms)
+    sums[:, 1:] = terms[:, :-1].cumsum(dim=1)
+    return sums
+
+
+def _rounder(values: Eigen, gamma: float | None) -> Eigen:
+    """The eigenvalues of A after x ← (I - γ A) x."""
+    top = values.amax(-1, keepdim=True)
+    contraction = values / (3 * top.masked_fill(top == 0, 1.0)) if gamma is None else _positive("gamma", gamma) * values
+    return values * (1 - contraction).square()
+
+
+def _positive(name: str, value: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+        raise BadArgument(f"{name}={value!r} does not work; give a positive number")
+    return float(value)

@@ -1,0 +1,321 @@
+"""Linear probes: what a straight line can read off a model's features, beside the controls that it must beat.
+
+A probe that scores well may have learned the target itself, so each comes with three controls that are fitted and
+scored in the same way: *shuffled* (the targets of other prompts), *untrained* (the features of a network with random
+weights) and *running_sum* (what adding up the prompt would give). The caller hands over the features of the last two,
+or says None in so many words.
+
+The unit is the prompt. Rows of one prompt share its task, so they are on one side of every split: of the test, and of
+the folds that choose the penalty.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hooks.errors import BadArgument, NonFinite
+from interp.arguments import whole_number
+from interp.stats import Interval, bootstrap, ratio
+
+PENALTIES = tuple(10.0**power for power in range(-2, 6))
+"""Ridge's α on standardised features. For logistic regression, C = 1 / α of every second of them."""
+FOLDS = 4
+Array = NDArray[Any] | Tensor
+"""Features (prompt, feature) or (prompt, row, feature); targets with the same first axes."""
+Rows = NDArray[np.float64]
+"""(prompt, row, column)."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """Which prompts fit a probe and which judge it."""
+
+    train: Int[np.ndarray, "n_train"]
+    test: Int[np.ndarray, "n_test"]
+
+
+def split(n: int, test_share: float = 0.25, seed: int = 0) -> Split:
+    """``n`` prompts in two parts at random.
+
+    Raises ``BadArgument`` where fewer than 2 · FOLDS prompts could fit or fewer than 2 could judge.
+    """
+    test = round(n * test_share)
+    if n - test < 2 * FOLDS or test < 2:
+        raise BadArgument(
+            f"{n} prompts with a test share of {test_share:g} leave {n - test} to fit and {test} to judge a probe; "
+            f"give at least {2 * FOLDS} and 2"
+        )
+    order = np.random.default_rng(seed).permutation(n)
+    return Split(np.sort(order[test:]), np.sort(order[:test]))
+
+
+@dataclass(frozen=True)
+class Probe:
+    """How well one target is read, and how well the controls are.
+
+    score      R² (0: no better than the mean of the training prompts; may be negative) or accuracy, on test prompts
+    controls   the same score for "shuffled", and for "untrained" and "running_sum" where features were given
+    chance     what knowing nothing scores: 0, or the test share of the training prompts' commonest class
+    direction  (output, feature) of the features as they came: the target moves by it for each unit of a feature
+    penalty    the α of each output
+    """
+
+    metric: str
+    score: Interval
+    controls: dict[str, Interval]
+    chance: float
+    direction: NDArray[np.float64]
+    penalty: NDArray[np.float64]
+
+
+def ridge(
+    features: Array,
+    targets: Mapping[str, Array],
+    *,
+    untrained: Array | None,
+    running_sum: Array | None,
+    split: Split | None = None,
+    components: int | None = None,
+    shuffles: int = 5,
+    seed: int = 0,
+) -> dict[str, Probe]:
+    """A ridge probe from ``features`` to each of ``targets``, by name; the metric is R².
+
+    ``targets`` are (prompt, output) or (prompt, row, output), or without the last axis for one output. R² pools the
+    outputs: 1 − Σ (y − ŷ)² / Σ (y − ȳ)², ȳ of the training prompts. ``components``: see ``reduce``. The penalty is
+    chosen for each output by folds over the training prompts. All targets, and ``shuffles`` reshuffled copies of each,
+    cost one decomposition of the features.
+    """
+    whole_number("shuffles", shuffles, least=1)
+    truth = {name: _target(target, features, name) for name, target in targets.items()}
+    if not truth:
+        raise BadArgument("there is no target; give at least one as {name: array}")
+    x = _rows(features, "the features")
+    parts = _split_of(x, truth, split, seed)
+    rng = np.random.default_rng(seed)
+    orders = [rng.permutation(len(x)) for _ in range(shuffles)]
+    columns = {name: y.shape[-1] for name, y in truth.items()}
+    copies = np.concatenate([y for y in truth.values()] + [y[order] for order in orders for y in truth.values()], -1)
+    width = sum(columns.values())
+
+    fitted = _Ridge(reduce(x, parts, components), copies, parts)
+    beside = {"untrained": untrained, "running_sum": running_sum}
+    others = {
+        control: _Ridge(reduce(_like(given, x), parts, components), copies[..., :width], parts)
+        for control, given in beside.items()
+        if given is not None
+    }
+    found, start = {}, 0
+    for name, count in columns.items():
+        own = slice(start, start + count)
+        again = [slice(first + start, first + start + count) for first in range(width, width * (shuffles + 1), width)]
+        controls = {"shuffled": _r_squared(name, fitted, again)}
+        controls |= {control: _r_squared(name, other, [own]) for control, other in others.items()}
+        direction = fitted.direction(own) if components is None else _through(x, parts, components, fitted, own)
+        score = _r_squared(name, fitted, [own])
+        found[name] = Probe("R²", score, controls, 0.0, direction, fitted.penalty[own])
+        start += count
+    return found
+
+
+def logistic(
+    features: Array,
+    target: Array,
+    *,
+    untrained: Array | None,
+    running_sum: Array | None,
+    split: Split | None = None,
+    components: int | None = None,
+    shuffles: int = 3,
+    seed: int = 0,
+) -> Probe:
+    """A logistic probe from ``features`` to the classes in ``target``, (prompt) or (prompt, row); accuracy.
+
+    Penalty, folds, controls and ``components`` as in ``ridge``. ``direction`` has one row for two classes, and one for
+    each of more.
+    """
+    whole_number("shuffles", shuffles, least=1)
+    x, y = _rows(features, "the features"), _target(target, features, "the target")
+    parts = _split_of(x, {"the target": y}, split, seed)
+    reduced = reduce(x, parts, components)
+    classes, counts = np.unique(y[parts.train], return_counts=True)
+    if len(classes) < 2:
+        raise BadArgument(f"all training prompts have the class {classes[0]:g}; a probe needs two")
+    pipeline, right, penalty = _fit_classes(reduced, y, parts)
+    rng = np.random.default_rng(seed)
+    blind = [_fit_classes(reduced, y[rng.permutation(len(y))], parts)[1] for _ in range(shuffles)]
+    controls = {"shuffled": bootstrap(np.mean(blind, axis=0))}
+    for control, given in (("untrained", untrained), ("running_sum", running_sum)):
+        if given is not None:
+            controls[control] = bootstrap(_fit_classes(reduce(_like(given, x), parts, components), y, parts)[1])
+    chance = float((y[parts.test] == classes[counts.argmax()]).mean())
+    line = pipeline[-1].coef_ / pipeline[0].scale_
+    if components is not None:
+        line = line @ _basis(x, parts, components)
+    return Probe("accuracy", bootstrap(right), controls, chance, line, np.array([penalty]))
+
+
+def reduce(features: Array, parts: Split, components: int | None) -> Rows:
+    """``features`` (prompt, row, component) on the first principal components of the training prompts.
+
+    Features that already have no more than ``components`` columns, or None, are returned as they are: sets of features
+    of different size are compared on equal numbers of components.
+    """
+    x = _rows(features, "the features")
+    if components is None or x.shape[-1] <= whole_number("components", components, least=1):
+        return x
+    centre = x[parts.train].reshape(-1, x.shape[-1]).mean(0)
+    return np.asarray((x - centre) @ _basis(x, parts, components).T)
+
+
+class _Ridge:
+    """Standardised ridge of all columns of ``y`` at once, each with its own penalty; squares on the test prompts."""
+
+    def __init__(self, x: Rows, y: Rows, parts: Split) -> None:
+        from sklearn.preprocessing import StandardScaler
+
+        flat, goal = _flat(x, parts.train), _flat(y, parts.train)
+        self.scaler = StandardScaler().fit(flat)
+        scaled = self.scaler.transform(flat)
+        groups = np.repeat(np.arange(len(parts.train)) % FOLDS, x.shape[1])
+        missed = np.zeros((len(PENALTIES), y.shape[-1]))
+        every = np.repeat(PENALTIES, y.shape[-1])
+        for fold in range(FOLDS):
+            inside = groups != fold
+            model = _solve(scaled[inside], np.tile(goal[inside], (1, len(PENALTIES))), every)
+            guess = model.predict(scaled[~inside]).reshape(-1, len(PENALTIES), y.shape[-1])
+            missed += np.square(guess - goal[~inside][:, None]).sum(0)
+        self.penalty = np.asarray(PENALTIES)[missed.argmin(0)]
+        self.model = _solve(scaled, goal, self.penalty)
+        guess = self.model.predict(self.scaler.transform(_flat(x, parts.test)))
+        truth = y[parts.test]
+        self.missed = np.square(truth - guess.reshape(truth.shape)).sum(1)
+        self.spread = np.square(truth - goal.mean(0)).sum(1)
+
+    def direction(self, own: slice) -> NDArray[np.float64]:
+        """(output, feature) in units of the unscaled features."""
+        return np.asarray(self.model.coef_[own] / self.scaler.scale_)
+
+
+def _solve(x: NDArray[np.float64], y: NDArray[np.float64], penalty: NDArray[np.float64]) -> Any:
+    from sklearn.linear_model import Ridge
+
+    # One singular value decomposition serves every column, whatever its penalty.
+    return Ridge(alpha=penalty, solver="svd").fit(x, y)
+
+
+def _r_squared(name: str, fitted: _Ridge, columns: Sequence[slice]) -> Interval:
+    """1 − Σ missed / Σ spread over the test prompts, pooled over ``columns``, with its interval."""
+    missed = np.sum([fitted.missed[:, own].sum(-1) for own in columns], axis=0)
+    spread = np.sum([fitted.spread[:, own].sum(-1) for own in columns], axis=0)
+    if not spread.any():
+        raise BadArgument(f'the target "{name}" is the same for all test prompts; there is nothing to read')
+    share = ratio(missed, spread)
+    score, low, high = (np.asarray(1 - part) for part in (share.mean, share.high, share.low))
+    return Interval(score, low, high, share.n, share.level)
+
+
+def _fit_classes(x: Rows, y: Rows, parts: Split) -> tuple[Any, NDArray[np.float64], float]:
+    """The fitted pipeline, the share of right rows of each test prompt, and the chosen penalty."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import GridSearchCV, PredefinedSplit
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    groups = np.repeat(np.arange(len(parts.train)) % FOLDS, x.shape[1])
+    search = GridSearchCV(
+        make_pipeline(StandardScaler(), LogisticRegression(solver="newton-cholesky")),
+        {"logisticregression__C": [1 / penalty for penalty in PENALTIES[1::2]]},
+        cv=PredefinedSplit(groups),
+    )
+    search.fit(_flat(x, parts.train), _flat(y, parts.train)[:, 0])
+    guess = search.predict(_flat(x, parts.test))
+    right = (guess == _flat(y, parts.test)[:, 0]).reshape(len(parts.test), -1).mean(1)
+    return search.best_estimator_, right, 1 / search.best_params_["logisticregression__C"]
+
+
+def _through(x: Rows, parts: Split, components: int, fitted: _Ridge, own: slice) -> NDArray[np.float64]:
+    """A direction among components as one among features."""
+    line = fitted.direction(own)
+    return line if line.shape[-1] == x.shape[-1] else line @ _basis(x, parts, components)
+
+
+def _basis(x: Rows, parts: Split, components: int) -> NDArray[np.float64]:
+    """(component, feature): the training prompts' first principal axes, of unit length.
+
+    By the smaller of the two products of the centred features with themselves: a state has many more entries than
+    there are prompts, and its singular value decomposition would take most of a probe's time.
+    """
+    from scipy.linalg import eigh
+
+    flat = _flat(x, parts.train)
+    flat = flat - flat.mean(0)
+    rows, width = flat.shape
+    count = min(components, rows - 1, width)
+    if width <= rows:
+        axes = eigh(flat.T @ flat, subset_by_index=(width - count, width - 1))[1]
+        return np.asarray(axes[:, ::-1].T)
+    vectors = eigh(flat @ flat.T, subset_by_index=(rows - count, rows - 1))[1]
+    axes = vectors[:, ::-1].T @ flat
+    length = np.linalg.norm(axes, axis=1, keepdims=True)
+    # Fewer independent prompts than components: what is left is rounding, and becomes a constant feature.
+    kept = length > 1e-7 * length.max()
+    return np.asarray(np.where(kept, axes / np.where(kept, length, 1.0), 0.0))
+
+
+def _flat(values: Rows, prompts: NDArray[np.int64]) -> NDArray[np.float64]:
+    return values[prompts].reshape(-1, values.shape[-1])
+
+
+def _rows(values: Array, what: str) -> Rows:
+    """As fp64 (prompt, row, column); one row a prompt where there are two axes."""
+    data = _numbers(values, what)
+    if data.ndim == 2:
+        data = data[:, None]
+    if data.ndim != 3 or 0 in data.shape:
+        raise BadArgument(f"{what} has shape {data.shape}; give (prompt, column) or (prompt, row, column)")
+    return data
+
+
+def _target(values: Array, features: Array, name: str) -> Rows:
+    """A target as (prompt, row, output): it has the axes of the features, save that the last may be left out."""
+    data = _numbers(values, name)
+    return _rows(data[..., None] if data.ndim == features.ndim - 1 else data, name)
+
+
+def _numbers(values: Array, what: str) -> NDArray[np.float64]:
+    data = np.asarray(values.detach().cpu().double().numpy() if isinstance(values, Tensor) else values, np.float64)
+    if not np.isfinite(data).all():
+        raise NonFinite(f"{what} holds NaN or inf; find where it starts before probing")
+    return data
+
+
+def _like(values: Array, x: Rows) -> Rows:
+    """A control's features, with the prompts and rows of ``x``."""
+    data = _rows(values, "a control's features")
+    if data.shape[:2] != x.shape[:2]:
+        raise BadArgument(f"a control has {data.shape[:2]} prompts and rows, the features have {x.shape[:2]}")
+    return data
+
+
+def _split_of(x: Rows, targets: Mapping[str, Rows], given: Split | None, seed: int) -> Split:
+    """The split, once every target has the prompts and rows of ``x``."""
+    for name, y in targets.items():
+        if y.shape[:2] != x.shape[:2]:
+            raise BadArgument(f'"{name}" has {y.shape[:2]} prompts and rows, the features have {x.shape[:2]}')
+    parts = split(len(x), seed=seed) if given is None else given
+    shared = np.intersect1d(parts.train, parts.test)
+    if len(shared):
+        raise BadArgument(
+            f"{len(shared)} prompts are in both parts of the split; a probe would be judged on what it saw"
+        )
+    if max(parts.train.max(), parts.test.max()) >= len(x):
+        raise BadArgument(f"the split names prompts beyond the {len(x)} that there are")
+    return parts

@@ -1,0 +1,159 @@
+"""What the states of a recurrence hold, for any model with ``hook_state``: recording, positions, ranks, norms, reach.
+
+States are read chunk by chunk of prompts, so that memory never holds the states of all prompts, layers and positions
+at once. A complex state is a real one with twice the last axis (real parts, then imaginary parts); norms, ranks and
+principal components of the two are the same thing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+import hooks
+from hooks.errors import BadArgument
+from interp import seeds
+from interp.arguments import whole_number
+from interp.similarity import effective_rank
+from interp.tasks.base import Batch
+
+BUDGET = 2**25
+"""Numbers of recorded sites that one chunk of prompts may hold (128 MB in fp32)."""
+
+
+def missing(model: Any, kinds: Sequence[str]) -> list[str]:
+    """Which of these kinds of site (``hook_state`` …) the model does not have."""
+    have = {name.rsplit(".", 1)[-1] for name in model.hook_dict}
+    return [kind for kind in kinds if kind not in have]
+
+
+def need(model: Any, kinds: Sequence[str], what: str, name: str = "the model") -> None:
+    """Nothing, or a :class:`BadArgument` that names the sites that ``what`` would read and ``model`` does not have."""
+    lacking = missing(model, kinds)
+    if lacking:
+        raise BadArgument(
+            f"{name} has no {' and no '.join(lacking)}: {what} needs a recurrence with "
+            f"{', '.join(kinds)}; hooks.sites(model) lists what there is"
+        )
+
+
+def walk(
+    model: Any, tokens: Tensor, kinds: Sequence[str] = ("hook_state",), budget: int = BUDGET
+) -> Iterator[tuple[slice, list[list[Tensor]]]]:
+    """Chunks of prompts, each with its sites: ``for part, layers in walk(…)``, ``layers[i]`` in the order of ``kinds``.
+
+    ``budget``: numbers that a chunk's sites may hold. Layers without the first kind are left out.
+    """
+    sites = [[n.rsplit(".", 1)[0] + f".{kind}" for kind in kinds] for n in hooks.resolve(model, f"*.{kinds[0]}")]
+    names = [name for layer in sites for name in layer]
+    tokens = _to(model, tokens)
+    one = hooks.record(model, tokens[:1], names)
+    size = max(1, budget // sum(value.numel() for value in one.values()))
+    for start in range(0, len(tokens), size):
+        part = slice(start, min(start + size, len(tokens)))
+        record = hooks.record(model, tokens[part], names)
+        yield part, [[record[name] for name in layer] for layer in sites]
+
+
+def query(batch: Batch, k: int) -> int:
+    """The position of example k's query among a prompt's tokens (joint tokens: of pair k)."""
+    return int(batch.read[k]) if len(batch.read) > 1 else k
+
+
+def stride(batch: Batch) -> int:
+    """Tokens for each example: 2 where x and y are tokens of their own."""
+    return int(batch.read[1] - batch.read[0]) if len(batch.read) > 1 else 1
+
+
+def at(model: Any, tokens: Tensor, positions: Sequence[int]) -> list[Float[Tensor, "batch chosen d_inner n"]]:
+    """Each layer's states at these positions only."""
+    parts = [[layer[0][:, list(positions)].cpu() for layer in layers] for _, layers in walk(model, tokens)]
+    return [torch.cat(layer) for layer in zip(*parts, strict=True)]
+
+
+def norms(model: Any, tokens: Tensor) -> Float[Tensor, "layer batch pos"]:
+    """‖h_t‖_F of every layer, prompt and position."""
+    parts = [torch.stack([h.flatten(2).norm(dim=-1) for (h,) in layers]) for _, layers in walk(model, tokens)]
+    return torch.cat(parts, dim=1).cpu()
+
+
+def rank_across(rows: Float[Tensor, "batch width"]) -> float:
+    """Effective rank of vec(h_t) across prompts, its mean over prompts taken off.
+
+    At most batch − 1, so compare it between models at the same number of prompts only.
+    """
+    return float(effective_rank(rows - rows.mean(0)))
+
+
+def reach(
+    model: Any, tokens: Float[Tensor, "batch pos d_token"], position: int, probes: int = 1, seed: int = 0
+) -> Float[Tensor, "layer batch pos"]:
+    """An unbiased estimate of ‖∂h_t/∂x_s‖_F² at t = ``position``, for every layer, prompt and source token s.
+
+    The total derivative: through the layer's own scan, its decays and writes, the convolution's taps, and all layers
+    below. ‖vᵀJ‖² with v ~ N(0, I) on the state has mean ‖J‖_F²; one backward gives it for all s. Its relative standard
+    deviation for one prompt is sqrt(2 / (probes · r)), r the participation ratio of J (at most d_token), and an
+    interval over prompts holds this error too, so that more prompts are better than more probes. In units of the token, so that models can be compared. Tokens after
+    ``position`` have exactly 0. Raises :class:`BadArgument` for tokens that are integers.
+    """
+    whole_number("probes", probes, least=1)
+    if not tokens.is_floating_point():
+        raise BadArgument("the derivative of a state by its tokens needs tokens that are real vectors, not integers")
+    found = []
+    for start, part in _chunks(model, tokens):
+        leaf = _to(model, part).detach().requires_grad_()
+        record = hooks.record(model, leaf, "*.hook_state", grad=True)
+        layers = []
+        for i, state in enumerate(record.values()):
+            h, total = state[:, position], torch.zeros(leaf.shape[:2])
+            for probe in range(probes):
+                v = torch.randn(h.shape, generator=seeds.generator("reach", seed, i, probe, start)).to(h)
+                (gradient,) = torch.autograd.grad((h * v).sum(), leaf, retain_graph=True)
+                total += gradient.square().sum(-1).cpu() / probes
+            layers.append(total)
+        found.append(torch.stack(layers))
+    return torch.cat(found, dim=1)
+
+
+def reach_gap(
+    model: Any, tokens: Float[Tensor, "batch pos d_token"], position: int, step: float = 1e-2, seed: int = 0
+) -> float:
+    """How far the backward pass behind :func:`reach` is from central differences: |vᵀJu − difference| / |vᵀJu|.
+
+    One random direction u of all tokens and one random v of every layer's state, summed. The differences' own error is
+    of the order step² + rounding / step.
+    """
+    leaf = _to(model, tokens).detach().requires_grad_()
+    u = torch.randn(tokens.shape, generator=seeds.generator("reach", seed, 0)).to(leaf)
+    record = hooks.record(model, leaf, "*.hook_state", grad=True)
+    vs = [
+        torch.randn(h[:, position].shape, generator=seeds.generator("reach", seed, 1, i)).to(h)
+        for i, h in enumerate(record.values())
+    ]
+    total = torch.stack([(h[:, position] * v).sum() for h, v in zip(record.values(), vs, strict=True)]).sum()
+    (gradient,) = torch.autograd.grad(total, leaf)
+    slope = float((gradient.double() * u.double()).sum())
+    ends = []
+    for sign in (1, -1):
+        moved = hooks.record(model, leaf.detach() + sign * step * u, "*.hook_state")
+        ends.append([h[:, position].double() for h in moved.values()])
+    gaps = [((up - down) * v.double()).sum() for up, down, v in zip(*ends, vs, strict=True)]
+    return abs(float(torch.stack(gaps).sum()) / (2 * step) - slope) / max(abs(slope), 1e-300)
+
+
+def _chunks(model: Any, tokens: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Parts whose graph (about eight tensors for each state) stays within the budget."""
+    one = hooks.record(model, _to(model, tokens[:1]), "*.hook_state")
+    size = max(1, BUDGET // (8 * sum(value.numel() for value in one.values())))
+    for start in range(0, len(tokens), size):
+        yield start, tokens[start : start + size]
+
+
+def _to(model: Any, tokens: Tensor) -> Tensor:
+    """The tokens on the model's device, real ones in its dtype."""
+    first = next(model.parameters())
+    return tokens.to(first) if tokens.is_floating_point() else tokens.to(first.device)
