@@ -254,7 +254,7 @@ def plot(result: Result) -> Figure:
 
     arrays, config = result.arrays, result.config
     blocks = np.arange(arrays["lens_fitted"].shape[1])
-    figure, panels = draw.grid([(1.2, 0.9, 1.1), (0.85, 0.85, 1.15, 1.15)], heights=(3.8, 4.4), width=15.0)
+    figure, panels = draw.grid([(1.2, 0.9, 1.1), (0.9, 0.9, 1.15, 1.1)], heights=(3.8, 4.2), width=15.0)
     _draw_lens(panels[0], arrays, blocks, draw)
     draw.curves(panels[1], blocks, {"scale a": tuple(arrays["scale"]), "shift b": tuple(arrays["shift"])}, floor=None)
     draw.baseline(panels[1], blocks, np.ones(len(blocks)), "no scaling, no shift", floor=None, style=1)
@@ -283,9 +283,10 @@ def plot(result: Result) -> Figure:
         panel.set_xlabel("block" if panel is panels[2] else "block (0: before the first)")
     for panel in panels[:3]:
         panel.legend(frameon=False, fontsize=7)
-    # Residual and state share their lines; the legends stand where no curve is.
-    panels[3].legend(frameon=False, fontsize=6.5, loc="upper center", bbox_to_anchor=(1.1, -0.14), ncols=4)
-    panels[5].legend(frameon=False, fontsize=6.5, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=5)
+    # Residual and state share their lines, so one legend does for both.
+    panels[3].legend(frameon=False, fontsize=6.5)
+    if "match" in arrays:
+        panels[5].legend(frameon=False, fontsize=6.5, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     panels[0].set_ylabel(_axis(config))
     figure.suptitle(_title(result), fontsize=10.5)
     figure.supxlabel(
@@ -362,8 +363,8 @@ def _draw_matches(axes: Any, arrays: Mapping[str, Any], blocks: np.ndarray, draw
     draw.baseline(axes, blocks, np.ones(len(blocks)), "zero", floor=floor)
     for block, (best, setting) in enumerate(zip(arrays["match_best"], arrays["match_setting"], strict=True)):
         sure = "*" if arrays["match_clear"][block] else "(*)"
-        axes.text(block, floor / 2.5, f"{sure} {best} {setting}", rotation=90, ha="center", va="top", fontsize=6)
-    axes.set_ylim(floor / 400, 3.3)
+        axes.text(block, floor / 2500, f"{sure} {best} {setting}", rotation=90, ha="center", va="bottom", fontsize=6)
+    axes.set_ylim(floor / 4000, 3.3)
     axes.set_ylabel("distance: Σ (ŷ − algorithm)² ÷ Σ ŷ²")
 
 

@@ -100,7 +100,6 @@ def matrix(
     """
     chosen = inside_of(inside)
     _, mixer = mixer_of(model, layer, chosen.sites)
-    sizes = mixer.axis_sizes()
     columns = _channels(channels, heads, mixer.axis_sizes())
     rows = picked("queries", queries, x.shape[1])
     size = 2 * x.shape[0] * len(columns) * len(rows) * x.shape[1] * next(model.parameters()).element_size()

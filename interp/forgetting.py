@@ -109,7 +109,8 @@ class Resets:
 def reset_events(slow: Float[Tensor, "layer batch pos d_inner"], threshold: float) -> Bool[Tensor, "layer batch pos c"]:
     """Where even the slowest mode keeps less than ``threshold`` times its median over prompts and positions ≥ 1.
 
-    Position 0 is never an event: there is nothing to forget. Raises :class:`BadArgument` for a threshold outside (0, 1).
+    Position 0 is never an event: there is nothing to forget. Raises :class:`BadArgument` for a threshold that is not
+    between 0 and 1.
     """
     if not 0 < threshold < 1:
         raise BadArgument(f"reset={threshold} does not work; give a share of the median decay, between 0 and 1")

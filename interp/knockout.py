@@ -99,9 +99,9 @@ def left(
     One source token after the other is replaced by that of another prompt (``other``, or a derangement of the batch
     drawn with ``seed``). The model's output at the source's targets then changes by d; under the knock-out, by the same
     replacement, by d′. The result is Σ d′² / Σ d² over sources, targets and outputs, with its bootstrap interval over
-    the prompts that have a pair; it is above 1 where the closed ways had cancelled the open ones. With ``metric`` d is the change of that
-    number instead. At a pair (t, t) much is left, since a token's residual stream is not a way between tokens.
-    Two runs, and two more for each distinct source.
+    the prompts that have a pair; it is above 1 where the closed ways had cancelled the open ones. With ``metric`` d is
+    the change of that number instead. At a pair (t, t) much is left, since a token's residual stream is not a way
+    between tokens. Two runs, and two more for each distinct source.
 
     Raises :class:`BadArgument` where the sources have no effect on their targets to begin with.
     """

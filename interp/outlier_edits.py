@@ -37,6 +37,7 @@ from interp.tasks.base import Batch, at_the_query
 GATES = {"Δ": "hook_delta", "output gate": "hook_gate"}
 ROLES = {"Δ, writing": "hook_delta_write", "Δ, forgetting": "hook_delta_decay"}
 SIGNALS = {"Δ": ("hook_delta",), "output gate": ("hook_gate",), "x": ("hook_x",), "B and C": ("hook_B", "hook_C")}
+NOTHING = "nothing (identity)"
 Edits = Mapping[str, Any]
 
 
@@ -119,7 +120,7 @@ def interventions(model: Any, prompts: Prompts, reference: Reference, seed: int 
     if bool(some.any()):
         found += _knock_outs(model, prompts, some, "as many clean", True)
     same = identity(model)
-    return [*found, Intervention("nothing (identity)", same, wholes["outlier"], True)] if same else found
+    return [*found, Intervention(NOTHING, same, wholes["outlier"], True)] if same else found
 
 
 def identity(model: Any) -> dict[str, Any]:

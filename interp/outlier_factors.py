@@ -8,9 +8,9 @@ summed over the readers t (the query, and in all but the last layer also the tok
 them), channels c and states n. g_t is the gradient of the prediction at the gated output of t, held: norms, later
 layers and the read-out linearised. Where the model has no output gate, g is the gradient at y.
 
-The comparison is between two runs: the prompt, and the same prompt in which this one outlier is its clean twin. All
-five factors are those that the runs used, at the same readers t and the same source s, so that they can be exchanged one
-by one:
+The comparison is between two runs: the prompt, and the same prompt with its outliers clean (``outlier_prompts``: each
+example's own clean twin). All five factors are those that the runs used, at the same readers t and the same source s, so
+that they can be exchanged one by one:
 
     match         B_s with the C_t of its readers
     write         what scales the input: Δ_s under Euler's rule, 1 − exp(−Δ_s) under zero-order hold with A = −1
@@ -33,7 +33,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from hooks.errors import BadArgument
@@ -85,7 +85,7 @@ class Factors:
 
 @dataclass(frozen=True)
 class Split:
-    """The difference twin − outlier of the first-order contribution of one token a prompt, each (prompt,)."""
+    """The difference twin − outlier of the weighted sum of first-order contributions, each (prompt,)."""
 
     factors: Float[Tensor, "factor prompt"]
     """Shapley values, in the order of ``FACTORS``, g held at the mean of the two runs."""
@@ -134,19 +134,19 @@ def split(
     model: Any,
     outlier: Float[Tensor, "batch pos d_token"],
     twin: Float[Tensor, "batch pos d_token"],
-    at: Bool[Tensor, "batch pos"],
+    weight: Float[Tensor, "batch pos"],
     layer: int,
     scalar: Metric,
 ) -> Split:
-    """The difference of the contributions of the tokens ``at`` between the two prompts, split over the factors.
+    """The difference of Σ_s weight_s c_s between the two prompts, split over the factors.
 
-    ``at`` picks the tokens of one example in each prompt, which are summed. Raises as :func:`factors`.
+    ``weight`` picks the tokens and gives them a sign, 0 for the others. Raises as :func:`factors`.
     """
     parts = []
     for start in range(0, len(outlier), CHUNK):
         part = slice(start, start + CHUNK)
         ours, theirs = (factors(model, prompts[part], layer, scalar) for prompts in (outlier, twin))
-        parts.append(split_factors(ours, theirs, at[part]))
+        parts.append(split_factors(ours, theirs, weight[part]))
     if not parts:
         raise BadArgument("there is no prompt to split a contribution of")
     joined = (torch.cat([getattr(p, name) for p in parts], dim=-1) for name in _FIELDS)
@@ -156,7 +156,7 @@ def split(
 _FIELDS = ("factors", "following", "outlier", "twin")
 
 
-def split_factors(outlier: Factors, twin: Factors, at: Bool[Tensor, "batch pos"]) -> Split:
+def split_factors(outlier: Factors, twin: Factors, weight: Float[Tensor, "batch pos"]) -> Split:
     """The split from the factors of the two runs."""
     mean = (outlier.gradient + twin.gradient) / 2
     held = [replace(side, gradient=mean) for side in (outlier, twin)]
@@ -167,16 +167,16 @@ def split_factors(outlier: Factors, twin: Factors, at: Bool[Tensor, "batch pos"]
         if (match, forgetting, gate) not in worth:
             mixed = replace(held[match], decay=held[forgetting].decay, gate=held[gate].gate)
             worth[match, forgetting, gate] = (mixed.reach() * mixed.key).sum(-1)
-        return _at(worth[match, forgetting, gate] * held[write].write * held[x].value, at)
+        return _summed(worth[match, forgetting, gate] * held[write].write * held[x].value, weight)
 
     shares = shapley(value, len(FACTORS))
-    ours, theirs = (_at(side.contributions()[..., None], at) for side in (outlier, twin))
+    ours, theirs = (_summed(side.contributions()[..., None], weight) for side in (outlier, twin))
     following = (theirs - ours) - (value((True,) * 5) - value((False,) * 5))
     return Split(shares, following, ours, theirs)
 
 
-def _at(values: Inner, at: Bool[Tensor, "batch pos"]) -> Float[Tensor, "prompt"]:
-    return (values.sum(-1) * at).sum(-1)
+def _summed(values: Inner, weight: Float[Tensor, "batch pos"]) -> Float[Tensor, "prompt"]:
+    return (values.sum(-1) * weight).sum(-1)
 
 
 def _by_channel(key: Tensor, channels: int) -> Float[Tensor, "batch pos channel n"]:

@@ -155,21 +155,16 @@ def by_example(values: Float[Tensor, "batch pos"], n_pairs: int) -> Float[Tensor
     return padded.reshape(len(values), n_pairs, each)
 
 
-def one_of_each(examples: Examples, generator: torch.Generator) -> tuple[Tensor, Examples]:
-    """``(prompts, mask)``: the prompts that have any of ``examples``, and a mask of one of them in each of these."""
-    lot = torch.rand(examples.shape, generator=generator).to(examples.device)
-    picked = torch.where(examples, lot, -1.0).argmax(dim=1)
-    chosen = torch.zeros_like(examples)
-    chosen[torch.arange(len(examples)), picked] = True
-    prompts = examples.any(1).nonzero().reshape(-1)
-    return prompts, chosen[prompts]
-
-
 def as_many(pool: Examples, like: Examples, generator: torch.Generator) -> Examples:
     """In each prompt as many random examples of ``pool`` as ``like`` has, all of them where there are fewer."""
     lot = torch.rand(pool.shape, generator=generator).to(pool.device)
     place = torch.where(pool, lot, 2.0).argsort(dim=1).argsort(dim=1)
     return pool & (place < like.sum(1, keepdim=True))
+
+
+def shuffled(prompts: Prompts, generator: torch.Generator) -> Examples:
+    """The outliers' flags, dealt anew among the context examples of each prompt: as many, and meaning nothing."""
+    return as_many(prompts.context, prompts.outlier, generator)
 
 
 def _patterns(same: Examples) -> list[tuple[str, Examples]]:

@@ -188,6 +188,30 @@ def bars(
     seaborn.despine(ax=axes)
 
 
+def dots(
+    axes: Axes,
+    names: Sequence[str],
+    groups: Mapping[str, tuple[Float[np.ndarray, "k"], Float[np.ndarray, "k"], Float[np.ndarray, "k"]]],
+    *,
+    zero: float | None = None,
+) -> None:
+    """One row for each of ``names``, first on top, a mark with its interval for each group: group → (mean, low, high).
+    NaN draws nothing; ``zero`` is a level to compare with.
+    """
+    place = np.arange(len(names), dtype=float)
+    for i, (group, (mean, low, high)) in enumerate(groups.items()):
+        at = place + (i - (len(groups) - 1) / 2) * 0.6 / len(groups)
+        axes.hlines(at, low, high, color=COLOURS[i], linewidth=1.4)
+        axes.plot(mean, at, MARKERS[i], color=COLOURS[i], markersize=4.5, linestyle="none", label=group)
+    if zero is not None:
+        axes.axvline(zero, color="0.45", linewidth=1.2, linestyle="--", zorder=0)
+    axes.set_yticks(place, list(names))
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.grid(axis="y", color="0.92", linewidth=0.8)
+    axes.set_axisbelow(True)
+    seaborn.despine(ax=axes)
+
+
 def level_map(
     axes: Axes, values: Float[np.ndarray, "row column"], rows: Sequence[str], *, label: str, edge: float | None = None
 ) -> None:

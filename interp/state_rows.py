@@ -105,7 +105,7 @@ def half_lives(study: Study) -> Float[np.ndarray, "2 layer 3"]:
 
 
 def relative_norm(study: Study, asked: Plan) -> Lines:
-    """‖h‖ after 1, 2, … examples relative to that after the last trained one, root mean square over prompts and layers."""
+    """‖h‖ after 1, 2, … examples relative to that after the last trained one; root mean square over prompts, layers."""
     square = study.norms.double().square()
     base = square[..., asked.last - 1].mean(1)[:, None, None].clamp(min=1e-300)
     return np.sqrt(_lines((square / base).mean(0)))

@@ -96,8 +96,9 @@ def reach(
 
     The total derivative: through the layer's own scan, its decays and writes, the convolution's taps, and all layers
     below. ‖vᵀJ‖² with v ~ N(0, I) on the state has mean ‖J‖_F²; one backward gives it for all s. Its relative standard
-    deviation for one prompt is sqrt(2 / (probes · r)), r the participation ratio of J (at most d_token), and an
-    interval over prompts holds this error too, so that more prompts are better than more probes. In units of the token, so that models can be compared. Tokens after
+    deviation for one prompt is sqrt(2 / (probes · r)), r the participation ratio of J (at most d_token); an interval
+    over prompts holds this error too, so that more prompts are better than more probes. In units of the token, so that
+    models can be compared. Tokens after
     ``position`` have exactly 0. Raises :class:`BadArgument` for tokens that are integers.
     """
     whole_number("probes", probes, least=1)

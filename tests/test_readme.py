@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,6 +21,9 @@ BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, flags=re.MULTILINE | re.DOT
 PLACES = {
     "hook_embed": "root",
     "hook_resid_pre": "`blocks.i.`",
+    "hook_resid_mid": "`blocks.i.`",
+    "hook_post": "`blocks.i.mlp.`",
+    "hook_mlp_out": "`blocks.i.mlp.`",
     "hook_resid_post": "`blocks.i.`",
     "hook_scale": "`blocks.i.norm.`, `ln_final.`",
     "hook_normalized": "`blocks.i.norm.`, `ln_final.`",
@@ -45,21 +49,42 @@ def _note(name: str, kind: Kind) -> str:
     return "; ".join(part for part in (PLACES.get(name, ""), note) if part)
 
 
-def measured_table() -> str:
-    """The table of bundled checkpoints as their cards have it: squared error ÷ E[y²] on fresh prompts."""
+def cards(task: str) -> dict[str, dict[str, Any]]:
+    """The cards of the bundled checkpoints of one task."""
+    found = {name: models.load(name).card for name in models.names()}
+    return {name: card for name, card in found.items() if card["task"] == task}
+
+
+def row(name: str, card: dict[str, Any], cells: list[str]) -> str:
+    shown = [f"`{name}`", f"{card['parameters']:,}", f"{card['steps']:,}", f"{card['seconds']:,.0f}"]
+    return "| " + " | ".join([*shown, f"{card['learning_rate']:g}", *cells]) + " |"
+
+
+def cell(measured: dict[str, float]) -> str:
+    return f"{measured['error']:.4f} ± {measured['standard_error']:.4f}"
+
+
+def linreg_table() -> str:
+    """The bundled checkpoints as their cards have them: squared error ÷ E[y²] on fresh prompts."""
     rows = [
         "| checkpoint | parameters | steps | seconds | learning rate | error at k = d | 2d | 4d |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for name in models.names():
-        card = models.load(name).card
-        d = card["task_config"]["d"]
-        errors = [card["measured"]["model"][f"k={k}"] for k in (d, 2 * d, 4 * d)]
-        cells = " | ".join(f"{e['error']:.4f} ± {e['standard_error']:.4f}" for e in errors)
-        rows.append(
-            f"| `{name}` | {card['parameters']:,} | {card['steps']:,} | {card['seconds']:,.0f} | "
-            f"{card['learning_rate']:g} | {cells} |"
-        )
+    for name, card in cards("linreg").items():
+        d, errors = card["task_config"]["d"], card["measured"]["model"]
+        rows.append(row(name, card, [cell(errors[f"k={k}"]) for k in (d, 2 * d, 4 * d)]))
+    return "\n".join(rows)
+
+
+def outliers_table() -> str:
+    """The bundled checkpoints as their cards have them: share of wrong labels on fresh training prompts."""
+    rows = [
+        "| checkpoint | parameters | steps | seconds | learning rate | wrong labels | the vote's | k-NN's |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, card in cards("outliers").items():
+        measured = card["measured"]
+        rows.append(row(name, card, [cell(measured[who]["mean"]) for who in ("model", "vote", "knn")]))
     return "\n".join(rows)
 
 
@@ -70,7 +95,8 @@ def test_the_site_table_is_the_vocabulary() -> None:
 
 @pytest.mark.contract
 def test_the_table_of_checkpoints_is_what_their_cards_say() -> None:
-    assert between("measured") == measured_table(), f"put this between the markers:\n{measured_table()}"
+    for marker, table in (("linreg", linreg_table()), ("outliers", outliers_table())):
+        assert between(marker) == table, f"put this between the markers:\n{table}"
 
 
 @pytest.mark.end_to_end

@@ -260,8 +260,13 @@ def test_a_perfect_model_still_has_its_hinge_beside_its_error(tmp_path: Path) ->
     """Both are 0 then, and only the definition tells them apart."""
     task = tasks.build("outliers", alpha=0.0)
     run = fit.Run(Sure, task, TrainConfig(task="outliers", model="sure"), tmp_path, Accelerator(cpu=True))
-    batch = evaluate.prompts(task, 256, 0, "validation")
-    found = fit.validation(run)(lambda tokens: (2 * batch.targets[:, -1:, None]).expand(*tokens.shape[:2], 1))
+    right = evaluate.prompts(task, 256, 0, "validation").targets[:, -1:, None]
+
+    class Perfect(Sure):
+        def forward(self, tokens: Tensor) -> Tensor:
+            return (2 * right).expand(*tokens.shape[:2], 1)
+
+    found = fit.validation(run)(Perfect())
     assert not found.error.any() and not found.loss.any() and not found.alike
     assert fit.validation(dataclasses.replace(run, task=tasks.build("linreg")))(Sure()).alike
 

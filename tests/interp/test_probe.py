@@ -31,7 +31,7 @@ def test_the_planted_direction_is_found_and_the_decoy_is_not() -> None:
     found = probe.ridge(features, {"planted": target, "decoy": decoy}, untrained=None, running_sum=None)
     assert found["planted"].score.low > 0.8
     line = found["planted"].direction[0]
-    assert line @ direction / np.linalg.norm(line) > 0.98
+    assert line @ direction / np.linalg.norm(line) > 0.95
     assert found["decoy"].score.low < 0.0 < 0.1 > found["decoy"].score.mean
     # What is planted has R² = 1 / (1 + noise²) at best: the direction carries the target plus one unit of noise.
     assert found["planted"].score.mean == pytest.approx(1 / (1 + 0.3**2), abs=0.03)
@@ -136,7 +136,7 @@ def test_a_direction_among_components_is_one_among_features() -> None:
     features, target, _, direction = planted(width=60)
     found = probe.ridge(features, {"it": target}, untrained=None, running_sum=None, components=10)["it"]
     line = found.direction[0]
-    assert line.shape == (60,) and line @ direction / np.linalg.norm(line) > 0.98
+    assert line.shape == (60,) and line @ direction / np.linalg.norm(line) > 0.95
     by_class = probe.logistic(features, np.sign(target), untrained=None, running_sum=None, components=10)
     assert by_class.direction[0] @ direction / np.linalg.norm(by_class.direction) > 0.9
 
