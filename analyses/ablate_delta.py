@@ -123,7 +123,7 @@ def run(config: Config) -> Result:
     seconds = time.perf_counter() - began
     return Result(
         config={**asked, "model": name, "prompts": count, "reference": other_count, "task_config": task.config},
-        table=rows.table(_ks(task)),
+        table=rows.table(list(task.report_ks)),
         arrays={"k": np.arange(task.n_pairs), **rows.arrays(), **_map(subject, found, 2 * task.d), **_shares(parts)},
         checks=_checks(subject, controls, rivals, beside, parts, config.seed),
         provenance={
@@ -151,6 +151,11 @@ def _open(name: str, config: Config) -> tuple[Root, Task]:
         raise BadArgument(
             f"{name} reads tokens of {model.cfg.d_in} numbers and this task has {task.d_token}; "
             f"it was trained on {model.card['task_config']}"
+        )
+    if task.query_only:
+        raise BadArgument(
+            f'a prompt of "{config.task}" is read at its last token only, and this analysis reads every example; '
+            "python -m analyses.attribute_outliers replaces Δ there"
         )
     if getattr(task, "tokens", "interleaved") != "interleaved":
         raise BadArgument(
@@ -215,11 +220,6 @@ def _tap_shares(subject: Subject) -> dict[str, list[float]]:
     if not has_taps(subject.model):
         return {}
     return {kind: tap_share(subject.runs, kind) for kind in subject.task.kinds}
-
-
-def _ks(task: Task) -> list[int]:
-    """The numbers of examples that the table reports."""
-    return [k for k in (task.d, 2 * task.d, 4 * task.d) if k < task.n_pairs]
 
 
 def _rows(
@@ -302,7 +302,7 @@ def _checks(
     runs, task, model = subject.runs, subject.task, subject.model
     checks = []
     if model.card.get("task_config") == task.config:
-        for k in _ks(task):
+        for k in list(task.report_ks):
             said = model.card["measured"]["model"][f"k={k}"]
             spread = (said["standard_error"] ** 2 + float(runs.clean[:, k].var()) / len(runs.clean)) ** 0.5
             gap = abs(float(runs.clean[:, k].mean()) - said["error"]) / max(spread, 1e-12)

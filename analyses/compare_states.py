@@ -242,17 +242,17 @@ def plot(result: Result) -> Figure:
         by_k[name] = {"trained": (ks, score[best]), "untrained": (ks[asked], untrained[_best(untrained)][asked])}
         depth = range(len(score))
         by_layer[name] = {"trained": (depth, score[:, -1]), "untrained": (depth, untrained[:, -1])}
+    draw.baseline(reads, ks, arrays["sums"][0, :, 0], "from sums of y x and x xᵀ", floor=None)
+    draw.baseline(reads, ks, arrays["shuffled_0"][0, :, :, 0].mean(0), f"shuffled ({names[0]})", floor=None, style=3)
     draw.families(reads, by_k, floor=None, key=True)
-    draw.baseline(reads, ks, arrays["sums"][0, :, 0], "sums", floor=None)
-    draw.baseline(reads, ks, arrays["shuffled_0"][0, :, :, 0].mean(0), "shuffled", floor=None, style=3)
-    _axis(reads, "examples seen, k", f"R² of {target}, best layer (grey: from sums; dotted: shuffled)", (-0.15, 1.02))
+    _axis(reads, "examples seen, k", f"R² of {target}, best layer", (-0.15, 1.02))
     draw.families(layers, by_layer, floor=None)
     _axis(layers, "layer", f"R² of {target} at k = {last}", (-0.15, 1.02))
 
     value, _, _, _, family = arrays["cka_0_1"]
     rows, columns = ([str(layer) for layer in range(size)] for size in value.shape)
     label = f"debiased CKA at k = {int(arrays['middle'])}"
-    draw.heat_map(alike, value, rows, columns, label=label, unsure=family > 0.05)
+    draw.heat_map(alike, value, rows, columns, label=label, unsure=family > 0.05, linear=True)
     _axis(alike, f"layer of {names[1]}", f"layer of {names[0]}")
 
     total, left = "∂h/∂x, all paths (÷ its mean)", "‖∏ decay · w‖ / ‖w‖"
@@ -272,7 +272,7 @@ def plot(result: Result) -> Figure:
         if f"half_{i}" in arrays
     }
     draw.families(half, {name: lives.get(name, {}) for name in names}, floor=1e-1)
-    _axis(half, "layer", "half-life in tokens (median, quartiles of channels)")
+    _axis(half, "layer", "half-life in tokens")
     bars = {}
     for i, name in enumerate(names):
         if f"shares_{i}" in arrays:
@@ -299,7 +299,7 @@ def plot(result: Result) -> Figure:
     }
     draw.families(error, errors, floor=1e-4)
     error.axhline(1.0, color="0.45", linewidth=2.0, alpha=0.75, zorder=1)
-    _axis(error, "examples seen, k", "error (grey: predicting zero)")
+    _axis(error, "examples seen, k", "error (grey: predict 0)")
     draw.boundary(error, last, "trained")
     moved = {
         name: {
@@ -311,7 +311,7 @@ def plot(result: Result) -> Figure:
     }
     draw.families(swap, moved, floor=None)
     swap.axhline(0, color="0.45", linewidth=0.8)
-    _axis(swap, "layer whose state is swapped", f"recovery of the other's prediction, k = {int(arrays['swap_k'])}")
+    _axis(swap, "layer whose state is swapped", f"recovery by a swap at k = {int(arrays['swap_k'])}")
 
     figure.suptitle(_title(result), fontsize=11)
     figure.supxlabel(
@@ -352,7 +352,7 @@ def _resets(arrays: Mapping[str, Any], i: int) -> str:
     if not rate.any():
         return "no resets"
     parts = [f"{kind} {a:.2g} ({b:.2g})" for kind, a, b in zip(arrays["kinds"], rate, control, strict=False)]
-    return "resets ‰: " + ", ".join(parts)
+    return "\n".join(["resets in 1000", *parts, "(tokens permuted)"])
 
 
 def _title(result: Result) -> str:

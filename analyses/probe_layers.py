@@ -83,6 +83,7 @@ def run(config: Config) -> Result:
     and a task whose tokens the checkpoint cannot read.
     """
     began = time.perf_counter()
+    import numpy as np
     import torch
 
     import models
@@ -118,6 +119,7 @@ def run(config: Config) -> Result:
             **layer_rows.probe_arrays(probes),
             **layer_rows.match_arrays(matches, found, levels, config.seed),
             **layer_rows.map_arrays(levels),
+            "metric": np.array(subject.task.metric),
         },
         checks=checks,
         provenance={
@@ -274,7 +276,7 @@ def plot(result: Result) -> Figure:
         panels[6],
         arrays["map"],
         [str(b) for b in blocks],
-        label=f"{_axis(config)}, not fitted",
+        label=f"{arrays['metric']}, not fitted",
         edge=float(arrays["map_trained"]) - 0.5,
     )
     panels[6].set_xlabel("examples seen, k (beyond the line: more than in training)")
@@ -287,7 +289,7 @@ def plot(result: Result) -> Figure:
     panels[3].legend(frameon=False, fontsize=6.5)
     if "match" in arrays:
         panels[5].legend(frameon=False, fontsize=6.5, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    panels[0].set_ylabel(_axis(config))
+    panels[0].set_ylabel(str(arrays["metric"]))
     figure.suptitle(_title(result), fontsize=10.5)
     figure.supxlabel(
         f"n = {config['prompts']} prompts (lens; m = {config['m']} points fit, {config['queries']} judge), "
@@ -297,10 +299,6 @@ def plot(result: Result) -> Figure:
         color="0.35",
     )
     return figure
-
-
-def _axis(config: Mapping[str, Any]) -> str:
-    return "share of wrong labels" if config["task"] == "outliers" else "squared error ÷ E[y²]"
 
 
 def _draw_lens(axes: Any, arrays: Mapping[str, Any], blocks: np.ndarray, draw: Any) -> None:

@@ -38,8 +38,8 @@ class Subject:
 
     @property
     def regression(self) -> bool:
-        """Whether errors are squares and there is a w: what least squares and its relatives are about."""
-        return "error" in self.task.metric
+        """Whether there is a w: what least squares and its relatives are about."""
+        return "w" in self.task.sample(1, torch.Generator(), n_pairs=1).truth
 
     @property
     def longest(self) -> int:

@@ -17,10 +17,11 @@ import seaborn
 from jaxtyping import Float, Num
 from matplotlib import pyplot
 from matplotlib.axes import Axes
-from matplotlib.colors import LogNorm, SymLogNorm
+from matplotlib.colors import LogNorm, Normalize, SymLogNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8A6FB5", "#7F4F24", "#6B705C")
 STYLES = (
@@ -110,7 +111,8 @@ def families(
     """Several curves for each of several groups: group → member → (x, (mean, low, high) on the last axis).
 
     Colour and marker tell the groups apart, line style the members. NaN ends draw no band. ``floor`` as in
-    :func:`curves`; ``key`` also names the groups in the legend (once in a figure is enough).
+    :func:`curves`; ``key`` also names the groups in the legend (once in a figure is enough). What was drawn before with
+    a label (:func:`baseline`) is in the legend too.
     """
     bottom = -np.inf if floor is None else floor
     members = list(dict.fromkeys(member for lines in groups.values() for member in lines))
@@ -130,10 +132,16 @@ def families(
     if len(members) > 1:
         handles += [Line2D([], [], color="0.3", linestyle=STYLES[i % len(STYLES)]) for i in range(len(members))]
         labels += members
-    if handles:
-        axes.legend(handles, labels, frameon=False, fontsize=7.5)
+    beside, names = axes.get_legend_handles_labels()
+    if handles or beside:
+        axes.legend([*handles, *beside], [*labels, *names], frameon=False, fontsize=7)
     if floor is not None:
         axes.set_yscale("log")
+        low, high = axes.get_ylim()
+        few = high < 300 * low
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if few else (1.0,)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
     seaborn.despine(ax=axes)
 
 
@@ -235,13 +243,15 @@ def heat_map(
     *,
     label: str,
     unsure: np.ndarray | None = None,
+    linear: bool = False,
 ) -> None:
-    """Signed values on a symmetric log colour scale, each written in its cell; ``unsure`` cells (interval holds 0) in
-    grey italics.
+    """Signed values on a symmetric log (or linear) colour scale, each written in its cell; ``unsure`` cells (interval
+    holds 0) in grey italics.
     """
     top = float(np.nanmax(np.abs(values))) or 1.0
     small = max(top / 300, 1e-12)
-    image = axes.imshow(values, cmap="PuOr_r", norm=SymLogNorm(small, vmin=-top, vmax=top), aspect="auto")
+    norm = Normalize(-top, top) if linear else SymLogNorm(small, vmin=-top, vmax=top)
+    image = axes.imshow(values, cmap="PuOr_r", norm=norm, aspect="auto")
     for (i, j), value in np.ndenumerate(values):
         doubt = unsure is not None and bool(unsure[i, j])
         shade = image.cmap(image.norm(value))
@@ -261,7 +271,8 @@ def heat_map(
     axes.tick_params(length=0)
     bar = axes.figure.colorbar(image, ax=axes, fraction=0.05, pad=0.02)
     decades = 10.0 ** np.arange(np.ceil(np.log10(small * 3)), np.floor(np.log10(top)) + 1)
-    bar.set_ticks([*-decades[::-1], 0.0, *decades])
+    if not linear:
+        bar.set_ticks([*-decades[::-1], 0.0, *decades])
     bar.minorticks_off()
     bar.set_label(label)
     for spine in axes.spines.values():

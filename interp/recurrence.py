@@ -37,6 +37,8 @@ States = Float[Tensor, "batch pos d_inner n"]
 
 TILE = 64
 """Positions at a time in ``pull_back``."""
+SMALLEST = 1e-15
+"""The least |x| that the write is divided by."""
 NEEDED = ("hook_x", "hook_decay", "hook_write", "hook_y")
 HELD = ("hook_delta", "hook_delta_decay", "hook_delta_write", "hook_B", "hook_C")
 
@@ -152,8 +154,8 @@ def tree(
         across = _real_product(rows[:, :, :, 1], gains[:, :, :, 0])
         corner = out.view(batch, width, blocks, 2, half, blocks, 2, half)[:, :, :, 1, :, :, 0]
         corner.diagonal(dim1=2, dim2=4).copy_(across.permute(0, 1, 3, 4, 2))
-        rows[:, :, :, 1] *= ends[:, :, :, 0]
-        gains[:, :, :, 0] *= ends[:, :, :, 1]
+        rows[:, :, :, 1].mul_(ends[:, :, :, 0])
+        gains[:, :, :, 0].mul_(ends[:, :, :, 1])
         decay, half = ends[:, :, :, 0] * ends[:, :, :, 1], 2 * half
     return row
 
@@ -189,9 +191,9 @@ def observe(
 ) -> Recurrence:
     """Run ``model`` on ``x``, under whatever edits are on it, and take down the recurrence of ``layer``.
 
-    ``gain`` asks for what is written for each unit of x, which takes another run: with Δ, B and C held at what they
-    were, x is set to 1 there. ``others`` are further kinds of site that are needed. ``whole=False`` stops the runs
-    after the layer. Raises :class:`BadArgument` where the layer lacks a site, naming it, and for an edit of
+    ``gain`` asks for what is written for each unit of x: write ÷ x, or, where that would be inexact or ``hook_write``
+    is edited, what is written in another run with x set to 1 and Δ, B and C held at what they were. ``others`` are
+    further kinds of site that are needed. ``whole=False`` stops the runs after the layer. Raises :class:`BadArgument` where the layer lacks a site, naming it, and for an edit of
     ``hook_state`` that is not a factor and an offset.
     """
     prefix, mixer = mixer_of(model, layer, (*NEEDED, *others))
@@ -226,7 +228,11 @@ def observe(
 
     decay, write = seen.pop("hook_decay"), seen.pop("hook_write")
     added = written(0.0) if "hook_write" in changed else None
-    each = written(1.0) if gain else None
+    each = None
+    if gain:
+        # The division spares a run; where an x is so small that it would lose digits, there is one.
+        exact = added is None and bool((seen["hook_x"].abs() > SMALLEST).all())
+        each = write / seen["hook_x"].to(write.dtype)[..., None] if exact else written(1.0)
     if added is not None:
         write, each = write - added, None if each is None else each - added
     if states and added is None:
@@ -273,7 +279,7 @@ def mixer_of(model: Any, layer: int, kinds: Sequence[str]) -> tuple[str, Any]:
         what = f"has {', '.join(have)}" if have else "has no recurrence"
         name = getattr(model, "architecture", type(model).__name__)
         raise BadArgument(
-            f"layer {layer} of this {name} has no {', '.join(missing)}, which hidden attention is made of: "
+            f"layer {layer} of this {name} has no {', '.join(missing)}, of which this attention is made: "
             f"it {what}{factors}"
         )
     return prefix, mixer

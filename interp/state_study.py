@@ -63,7 +63,7 @@ class Plan:
     @property
     def middle(self) -> int:
         """The number of examples after which models are compared layer by layer."""
-        return self.ks[len(self.ks) // 2 - 1] if len(self.ks) > 1 else self.ks[0]
+        return min(self.ks, key=lambda k: abs(2 * k - self.last))
 
     @property
     def last(self) -> int:

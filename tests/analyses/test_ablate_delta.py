@@ -223,3 +223,8 @@ def test_the_command_on_the_bundled_checkpoint(tmp_path: Path) -> None:
     assert head["ok"], head["checks"]
     wrong = subprocess.run([*command, "--mdoel", "x"], capture_output=True, text=True, check=False)
     assert wrong.returncode == 2 and wrong.stdout == "" and len(wrong.stderr.strip().splitlines()) == 1
+
+
+def test_a_task_that_is_read_at_its_query_alone_is_refused() -> None:
+    with pytest.raises(BadArgument, match="read at its last token only.*attribute_outliers"):
+        ablate_delta.run(ablate_delta.Config(task="outliers", quick=True))

@@ -134,7 +134,7 @@ def test_the_calibration_uses_only_the_prompts_it_is_given() -> None:
 @pytest.mark.parametrize(
     ("levels", "words", "log_words"),
     [
-        ([1.0, 0.8, 0.6, 0.4, 0.2], "steady", "neither steady nor stepwise"),
+        ([1.0, 0.75, 0.5, 0.25, 0.01], "steady", "neither steady nor stepwise"),
         ([1.0, 0.5, 0.25, 0.125, 0.0625], "neither steady nor stepwise", "steady"),
         ([1.0, 1.0, 1.0, 0.2, 0.2], "stepwise", "stepwise"),
         ([1.0, 1.0, 1.0, 1.0, 1.0], "flat", "flat"),
