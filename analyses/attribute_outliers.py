@@ -29,7 +29,6 @@ from typing import TYPE_CHECKING, Any
 from interp import cli
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from torch import Tensor
 
@@ -41,7 +40,7 @@ if TYPE_CHECKING:
 QUICK = 64
 KNOCKED = 64
 ALPHAS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
-GATED, PLAIN, ONLINE = "theory, gated (hand-set)", "theory, gate-free (hand-set)", "theory, online gradient (hand-set)"
+PLAIN, ONLINE = "theory, gate-free (hand-set)", "theory, online gradient (hand-set)"
 STEMS = ("mamba", "mamba-1layer", "linear-transformer", "transformer", "s4", "s4d")
 CLEAN_TASK = {"outlier_linreg": "linreg"}
 """The task without outliers whose models may be asked the task with them."""
@@ -112,7 +111,7 @@ def run(config: Config) -> Result:
     from hooks.errors import BadArgument
     from interp import provenance
     from interp.arguments import between, whole_number
-    from interp.outlier_parts import Findings, used, why
+    from interp.outlier_parts import GATED, Findings, gate_rows, used, why
     from interp.outlier_prompts import draw
     from interp.progress import progress
     from interp.result import Result
@@ -141,7 +140,7 @@ def run(config: Config) -> Result:
             why(found, subjects.name, subjects.model, prompts, layer, min(count, KNOCKED), config.seed)
             tick()
         if GATED in subjects.models:
-            _theory_gate(found, subjects.models[GATED], prompts)
+            gate_rows(found, GATED, subjects.models[GATED], prompts, 0)
         used(found, subjects.name, subjects.model, prompts, others, config.seed)
         tick()
         used(found, "untrained", untrained, prompts, others, config.seed)
@@ -207,6 +206,7 @@ def _theory(task: Task) -> dict[str, Any]:
     """The one-layer models of the theory with weights set by hand for this task, where they read its tokens."""
     import torch
 
+    from interp.outlier_parts import GATED
     from models.theory import online_gradient, pattern_vote
 
     whole: Any = task
@@ -284,13 +284,6 @@ def _classes(batch: Batch) -> bool:
     return "same" in batch.truth
 
 
-def _theory_gate(found: Findings, model: Stack, prompts: Any) -> None:
-    """The gate of the hand-set model on the same prompts, beside the trained one's."""
-    from interp.outlier_parts import gate_rows
-
-    gate_rows(found, GATED, model, prompts, 0)
-
-
 def _checks(found: Findings, subjects: Subjects, untrained: Stack, count: int, seed: int) -> list[Check]:
     """What must hold for the numbers to mean anything."""
     from interp import evaluate
@@ -338,6 +331,13 @@ def _exposed(model: Stack, batch: Batch) -> Tensor | None:
         return None
     with hooks.expose(model):
         return predict(model, batch)
+
+
+def plot(result: Result) -> Figure:
+    """Error against α; placement; votes, their split, the gate; what the interventions change."""
+    from interp.outlier_figure import figure
+
+    return figure(result)
 
 
 if __name__ == "__main__":

@@ -316,8 +316,8 @@ def plot(result: Result) -> Figure:
     figure.suptitle(_title(result), fontsize=11)
     figure.supxlabel(
         f"n = {config['prompts']} prompts (probes judged on a quarter, {config['components']} components; decays, "
-        f"ranks within, norm and error {int(arrays['some'])}; derivatives {int(arrays['few'])}); bands: 95 % bootstrap over "
-        "prompts, in e quartiles of channels; c: grey italics where family-wise p > 0.05",
+        f"ranks within, norm and error {int(arrays['some'])}; derivatives {int(arrays['few'])}); bands: 95 % bootstrap "
+        "over prompts, in e quartiles of channels; c: grey italics where family-wise p > 0.05",
         fontsize=7.5,
         color="0.35",
     )

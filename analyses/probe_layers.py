@@ -115,7 +115,7 @@ def run(config: Config) -> Result:
         config={**asked, **resolved},
         table=layer_rows.table(rows, subject.name),
         arrays={
-            **layer_rows.lens_arrays(seen, m, subject.regression),
+            **layer_rows.lens_arrays(seen, m),
             **layer_rows.probe_arrays(probes),
             **layer_rows.match_arrays(matches, found, levels, config.seed),
             **layer_rows.map_arrays(levels),
@@ -174,7 +174,7 @@ def _notes(subject: Subject, probes: list[Probed], levels: Map) -> list[str]:
     if not any(one.features == "state" for one in probes):
         notes.append(f"{subject.name} has no recurrent state: probes read the residual stream only")
     if not subject.regression:
-        notes.append(f"{subject.task.name} is no regression: no algorithm is matched, and the floor of errors is 1/2")
+        notes.append(f"{subject.task.name} is no regression: no algorithm is matched and the lens is not fitted")
     if levels.raw.shape[-1] < 2 * subject.task.n_pairs:
         notes.append(f"{subject.name} reads at most {levels.raw.shape[-1]} pairs: the map ends there")
     return notes
@@ -232,7 +232,7 @@ def _checks(
         nothing, least = float(size.mean()), 0.9 * (1 - 1 / task.d)
     else:
         nothing, least = 1.0, 0.4
-    for name, values in (("labels of another w", seen.other_labels), ("untrained weights", seen.untrained)):
+    for name, values in (("other labels", seen.other_labels), ("untrained weights", seen.untrained)):
         level = float(values[-1].mean()) / nothing
         checks.append(Check.at_least(f"{name}: the lens after the last block, relative to zero", level, least))
     if found is not None:
@@ -306,11 +306,12 @@ def _draw_lens(axes: Any, arrays: Mapping[str, Any], blocks: np.ndarray, draw: A
 
     floor = max(1e-5, 0.3 * float(arrays["lens_fitted"].min()))
     named = {
-        "fitted": "lens_fitted",
-        "not fitted": "lens_raw",
-        "untrained weights, fitted": "lens_untrained",
-        "labels of another w, fitted": "lens_other_labels",
+        "as the model says it": "lens_raw",
+        "untrained weights": "lens_untrained",
+        "other labels": "lens_other_labels",
     }
+    if arrays["lens_refit"]:
+        named = {"scale and shift fitted": "lens_fitted", **named}
     draw.curves(axes, blocks, {name: tuple(arrays[key]) for name, key in named.items()}, floor=floor)
     level = np.full(len(blocks), float(arrays["lens_floor"]))
     draw.baseline(axes, blocks, level, "knows nothing (formula)", floor=floor)

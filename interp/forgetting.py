@@ -20,6 +20,7 @@ from torch import Tensor
 
 from hooks.errors import BadArgument
 from interp import seeds
+from interp.arguments import whole_number
 from interp.states import need, walk
 
 SITES = ("hook_state", "hook_decay", "hook_write")
@@ -132,6 +133,7 @@ def resets(
     A prompt's decays are moved to other tokens of it (all channels together, position 0 stays), so that the number of
     events is the same and only what they have to do with the token is lost.
     """
+    whole_number("n_perm", n_perm, least=1)
     share = reset_events(slow, threshold).double().mean(-1)[..., 1:]
     kinds = kinds.cpu()[1:]
     names = range(int(kinds.max()) + 1)

@@ -250,18 +250,20 @@ def _carried(
     at = torch.arange(write.shape[1], device=mask.device)
     for t in range(write.shape[1]):
         sums = [(ahead, advance(forgets[:, t], carried)) for ahead, carried in sums]
-        if sources[t]:
-            _join(sums, mask[:, t], write[:, t])
         if targets[t]:
-            reads = [torch.where(ahead[:, t, None, None], carried, 0) for ahead, carried in sums]
-            yield t, torch.stack(reads).sum(0)
+            own = torch.where(mask[:, t, t, None, None], write[:, t], 0)
+            yield t, sum((torch.where(ahead[:, t, None, None], carried, 0) for ahead, carried in sums), own)
             sums = [(ahead & (at > t), carried) for ahead, carried in sums]
             sums = [(ahead, carried) for ahead, carried in sums if bool(ahead.any())]
+        if sources[t]:
+            _join(sums, mask[:, t] & (at > t), write[:, t])
 
 
 def _join(sums: list[tuple[Tensor, Tensor]], ahead: Tensor, write: Tensor) -> None:
     """Add a source's write to the sum with the same targets ahead (in each prompt: the same, or none), or begin one."""
     active = ahead.any(1)
+    if not bool(active.any()):
+        return
     for i, (others, carried) in enumerate(sums):
         used = others.any(1)
         if bool(((others == ahead).all(1) | ~used | ~active).all()):

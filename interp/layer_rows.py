@@ -24,12 +24,13 @@ def table(rows: list[Row], model: str) -> pd.DataFrame:
 
 def lens_rows(seen: Lens, m: int) -> list[Row]:
     """Errors of the lens and its floors, the scales and shifts, and the shares of the decrease."""
+    how = "fitted" if seen.refit else "not fitted"
     named = {
-        "error, fitted": seen.fitted,
+        f"error, {how}": seen.fitted,
         "error, not fitted": seen.raw,
-        "untrained: error, fitted": seen.untrained,
-        "labels of another w: error, fitted": seen.other_labels,
-        "another prompt's predictions: error, fitted": seen.other_prompt,
+        f"untrained: error, {how}": seen.untrained,
+        f"other labels: error, {how}": seen.other_labels,
+        f"another prompt's predictions: error, {how}": seen.other_prompt,
     }
     rows = [
         _row("lens", block, what, interval, setting=f"m = {m}")
@@ -77,7 +78,7 @@ def map_rows(levels: Map, subject: Subject) -> list[Row]:
     ]
 
 
-def lens_arrays(seen: Lens, m: int, regression: bool) -> dict[str, np.ndarray]:
+def lens_arrays(seen: Lens, m: int) -> dict[str, np.ndarray]:
     """``lens_*``, ``scale``, ``shift``, ``share``, ``factor``: (3, block), mean, low, high."""
     profile = seen.profile
     return {
@@ -85,7 +86,8 @@ def lens_arrays(seen: Lens, m: int, regression: bool) -> dict[str, np.ndarray]:
         "lens_raw": _stack(_each(seen.raw)),
         "lens_untrained": _stack(_each(seen.untrained)),
         "lens_other_labels": _stack(_each(seen.other_labels)),
-        "lens_floor": np.array(lens.floor(m) if regression else 0.5),
+        "lens_floor": np.array(lens.floor(m) if seen.refit else 0.5),
+        "lens_refit": np.array(seen.refit),
         "scale": _stack(_each(seen.scale, median=True)),
         "shift": _stack(_each(seen.shift, median=True)),
         "share": _stack(_apart(profile.share)),

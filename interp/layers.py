@@ -59,9 +59,11 @@ class Lens:
     """Errors by block and prompt, and the scale and shift of the fit.
 
     fitted, raw    with a scale and a shift for each prompt and block, and as the model would say it
-    untrained      of random weights, fitted
+    untrained      of random weights
     other_labels   against the labels of another w, fitted to them
-    other_prompt   of the predictions for another prompt's queries, fitted: a feature that knows nothing
+    other_prompt   of the predictions for another prompt's queries: a feature that knows nothing
+    refit          whether all but ``raw`` are fitted. In classification none is: a feature that only tells a prompt's
+                   two patterns apart would be turned the right way round by the labels of the fit
     size           mean square of the labels ÷ scale of each prompt: the error of zero
     """
 
@@ -74,6 +76,7 @@ class Lens:
     scale: Float[Tensor, "block batch"]
     shift: Float[Tensor, "block batch"]
     size: Float[Tensor, "batch"]
+    refit: bool
     profile: lens.Profile
 
 
@@ -86,7 +89,7 @@ def through_lens(subject: Subject, n: int, m: int, queries: int) -> Lens:
     judged = lens.asked(own.asked, slice(m, None))
 
     def error(decoded: Tensor, labels: Tensor) -> Tensor:
-        corrected = lens.affine(decoded, labels, m).corrected
+        corrected = lens.affine(decoded, labels, m).corrected if subject.regression else decoded[..., m:]
         return lens.errors(task, corrected, dataclasses.replace(judged, targets=labels[:, m:])).mean(-1)
 
     labels = own.asked.targets
@@ -102,6 +105,7 @@ def through_lens(subject: Subject, n: int, m: int, queries: int) -> Lens:
         scale=fit.scale,
         shift=fit.shift,
         size=judged.targets.square().mean(1) / task.scale,
+        refit=subject.regression,
         profile=lens.profile(fitted, seed=subject.seed),
     )
 
@@ -175,8 +179,7 @@ class Map:
 
     def within(self) -> Batch:
         """The prompts cut to the trained number of examples, as an estimator sees them."""
-        x, y = self.batch.x[:, : self.trained], self.batch.y[:, : self.trained]
-        return dataclasses.replace(self.batch, x=x, y=y)
+        return lens.asked(self.batch, slice(0, self.trained))
 
 
 def error_map(subject: Subject, n: int) -> Map:

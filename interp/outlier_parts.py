@@ -24,6 +24,8 @@ from interp.outlier_prompts import Prompts, by_example, shuffled, tokens_of
 from interp.outlier_rows import ENOUGH, Rows, by_place, level, mean_in
 from interp.stats import bootstrap, ratio
 
+GATED = "theory, gated (hand-set)"
+"""The model of the theory whose gate is drawn beside that of a trained one."""
 SUMS = "contributions: distance of their sum from what they explain, relative"
 PRODUCTS = "factors: distance of their product from the contributions, relative"
 SHARES = "Shapley shares: distance of their sum from the difference, relative"
@@ -90,9 +92,7 @@ def why(found: Findings, name: str, model: Any, prompts: Prompts, layer: int, kn
     gate_rows(found, name, model, prompts, layer)
 
 
-def used(
-    found: Findings, name: str, model: Any, prompts: Prompts, reference: Prompts, seed: int
-) -> None:
+def used(found: Findings, name: str, model: Any, prompts: Prompts, reference: Prompts, seed: int) -> None:
     """Error, margin and recovery under every intervention on one model."""
     classes = "same" in prompts.batch.truth
     batch, scale = prompts.batch.to("cpu").last(), prompts.task.scale
@@ -205,7 +205,12 @@ def _knocked_out(found: Findings, name: str, model: Any, prompts: Prompts, layer
     if len(tokens) >= 2 and bool(effect.any()):
         miss = ratio(gap.square().sum(1), effect.square().sum(1))
         found.rows.add(
-            "contribution", name, "write knocked out", "gap of the first order: Σ gap² / Σ effect²", miss, layer=str(layer)
+            "contribution",
+            name,
+            "write knocked out",
+            "gap of the first order: Σ gap² / Σ effect²",
+            miss,
+            layer=str(layer),
         )
 
 

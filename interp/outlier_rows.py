@@ -82,9 +82,7 @@ def mean_in(values: Float[Tensor, "batch example"], chosen: Bool[Tensor, "batch 
     return ratio((values.double() * chosen).sum(1), chosen.double().sum(1))
 
 
-def by_place(
-    values: Float[np.ndarray, "batch place"], least: int = ENOUGH
-) -> Float[np.ndarray, "3 place"]:
+def by_place(values: Float[np.ndarray, "batch place"], least: int = ENOUGH) -> Float[np.ndarray, "3 place"]:
     """Mean, low and high at each place over the prompts that have one there (not NaN); NaN where too few have."""
     found = np.full((3, values.shape[1]), np.nan)
     for place in range(values.shape[1]):

@@ -196,7 +196,7 @@ def observe(
     further kinds of site that are needed. ``whole=False`` stops the runs after the layer. Raises :class:`BadArgument` where the layer lacks a site, naming it, and for an edit of
     ``hook_state`` that is not a factor and an offset.
     """
-    prefix, mixer = mixer_of(model, layer, (*NEEDED, *others))
+    prefix, mixer = mixer_of(model, layer, others)
     kinds = [name.removeprefix(prefix) for name in model.hook_dict if name.startswith(prefix + "hook_")]
     states = state_edits(mixer.hook_state)
     for edit in states:
@@ -264,12 +264,14 @@ class _Written(Exception):
 
 
 def mixer_of(model: Any, layer: int, kinds: Sequence[str]) -> tuple[str, Any]:
-    """``("blocks.{layer}.mixer.", the mixer)``; raises :class:`BadArgument` that names the sites that it lacks."""
+    """``("blocks.{layer}.mixer.", the mixer)``; raises :class:`BadArgument` that names the sites that it lacks, of
+    those that every recurrence needs and of ``kinds``.
+    """
     count = len(model.blocks)
     if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < count:
         raise BadArgument(f"there is no layer {layer!r}: the model has layers 0 to {count - 1}")
     prefix = f"blocks.{layer}.mixer."
-    missing = [kind for kind in kinds if prefix + kind not in model.hook_dict]
+    missing = [kind for kind in (*NEEDED, *kinds) if prefix + kind not in model.hook_dict]
     mixer = getattr(model.blocks[layer], "mixer", None)
     if not missing and not hasattr(mixer, "read"):
         missing = ["hook_C (nor a read-out of its own)"]

@@ -129,8 +129,8 @@ def compare(
         value=found.numpy(),
         null_mean=draws.mean(0).numpy(),
         null_edge=(sign * chance.quantile(0.95, dim=0)).numpy(),
-        p=((1 + beyond) / (1 + n_perm)).double().numpy(),
-        p_family=((1 + anywhere) / (1 + n_perm)).double().numpy(),
+        p=((1 + beyond).double() / (1 + n_perm)).numpy(),
+        p_family=((1 + anywhere).double() / (1 + n_perm)).numpy(),
         n=n,
         n_perm=n_perm,
     )

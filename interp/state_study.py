@@ -18,6 +18,7 @@ from torch import Tensor
 
 from hooks.errors import BadArgument
 from interp import evaluate, probe, seeds, states, variance
+from interp.arguments import whole_number
 from interp.forgetting import SITES, Forgetting, Resets, forgetting, resets
 from interp.metric import one_arithmetic, recovery
 from interp.similarity import coordinates, effective_rank
@@ -88,6 +89,9 @@ class Plan:
 
 def plan(task: Task, prompts: int, *, components: int, permutations: int, reset: float, longer: int, seed: int) -> Plan:
     """The shared prompts and positions; :class:`BadArgument` for a task with fewer than 3 pairs."""
+    whole_number("permutations", permutations, least=1)
+    if not 0 < reset < 1:
+        raise BadArgument(f"reset={reset} does not work; give a share of the median decay, between 0 and 1")
     last = task.n_pairs - 1
     if last < 2:
         raise BadArgument(f"prompts of {task.n_pairs} pairs leave no room to remember: give n_pairs of at least 3")
@@ -122,30 +126,30 @@ class Study:
     rows         rows[layer] (n, few): the states after ``Plan.middle`` examples, in coordinates of equal products
     reading      by target
     by_count     R² of the first target, after ``last`` examples, at its best layer, by number of components
-    within       effective rank of each prompt's own matrix (layer, n, k); ``across`` of vec(h) (layer, k)
+    within       effective rank of each prompt's own matrix (layer, some, k); ``across`` of vec(h) (layer, k)
     forgets      None where the transition is not elementwise
     content      nested shares of the variance of ln ā; None without decays or where they never change at all
-    reach        ‖∂h_t/∂x_s‖² (layer, n, s)
-    norms        ‖h‖ after 1, 2, … examples of the longer prompts (layer, n, k)
+    reach        ‖∂h_t/∂x_s‖² (layer, few, s)
+    norms        ‖h‖ after 1, 2, … examples of the longer prompts (layer, some, k)
     swaps        recovery (part, layer, 3), ``all_layers`` (part, 3); ``exact`` is the swap of everything against the
                  whole other context in one run; ``nothing`` the largest change under a swap of no part
     """
 
     name: str
     error: Float[Tensor, "n asked"]
-    long_error: Float[Tensor, "m asked"]
+    long_error: Float[Tensor, "some longer"]
     rows: list[Tensor]
     reading: dict[str, Reading]
     by_count: dict[int, Interval]
-    within: Float[Tensor, "layer n k"]
+    within: Float[Tensor, "layer some k"]
     across: Float[Tensor, "layer k"]
     most: int
     forgets: Forgetting | None
     content: variance.Shares | None
     resets: Resets | None
-    reach: Float[Tensor, "layer n pos"]
+    reach: Float[Tensor, "layer few pos"]
     reach_gap: float
-    norms: Float[Tensor, "layer m k"]
+    norms: Float[Tensor, "layer some examples"]
     parts: tuple[str, ...]
     swaps: TRIPLE
     all_layers: TRIPLE

@@ -90,7 +90,7 @@ def rank_across(rows: Float[Tensor, "batch width"]) -> float:
 
 
 def reach(
-    model: Any, tokens: Float[Tensor, "batch pos d_token"], position: int, probes: int = 1, seed: int = 0
+    model: Any, tokens: Tensor, position: int, probes: int = 1, seed: int = 0
 ) -> Float[Tensor, "layer batch pos"]:
     """An unbiased estimate of ‖∂h_t/∂x_s‖_F² at t = ``position``, for every layer, prompt and source token s.
 
@@ -98,8 +98,8 @@ def reach(
     below. ‖vᵀJ‖² with v ~ N(0, I) on the state has mean ‖J‖_F²; one backward gives it for all s. Its relative standard
     deviation for one prompt is sqrt(2 / (probes · r)), r the participation ratio of J (at most d_token); an interval
     over prompts holds this error too, so that more prompts are better than more probes. In units of the token, so that
-    models can be compared. Tokens after
-    ``position`` have exactly 0. Raises :class:`BadArgument` for tokens that are integers.
+    models can be compared. Tokens after ``position`` have exactly 0. ``tokens`` (batch, pos, d_token); raises
+    :class:`BadArgument` for integers.
     """
     whole_number("probes", probes, least=1)
     if not tokens.is_floating_point():

@@ -74,7 +74,7 @@ def test_the_figure_is_redrawn_from_disk_with_its_controls(result: Result, tmp_p
     panels = [axes for axes in figure.axes if axes.get_title(loc="left")]
     assert [axes.get_title(loc="left") for axes in panels] == list("abcdefg")
     labels = [text.get_text() for text in panels[0].get_legend().get_texts()]
-    for control in ("untrained weights, fitted", "labels of another w, fitted", "knows nothing (formula)"):
+    for control in ("untrained weights", "other labels", "knows nothing (formula)"):
         assert control in labels
     in_probes = [text.get_text() for text in panels[3].get_legend().get_texts()]
     assert {"w, shuffled", "w, untrained", "w, from running sums"} <= set(in_probes)
@@ -201,7 +201,7 @@ def test_shuffled_probes_above_chance_are_seen(parts: dict[str, Any]) -> None:
     ("part", "name"),
     [
         ("other_prompt", "floor, formula against another prompt's predictions, in standard errors"),
-        ("other_labels", "labels of another w: the lens after the last block, relative to zero"),
+        ("other_labels", "other labels: the lens after the last block, relative to zero"),
         ("untrained", "untrained weights: the lens after the last block, relative to zero"),
     ],
 )

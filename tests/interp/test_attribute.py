@@ -79,7 +79,9 @@ def test_at_the_state_the_gradient_is_that_of_an_edit_which_propagates(variant: 
 @pytest.mark.planted
 def test_the_answer_is_found_and_the_decoy_gets_nothing() -> None:
     model, (clean, _) = one_path(), prompts()
-    found = attribute.gradient_x_activation(model, clean, ["*.hook_write", "*.hook_x_in", "*.norm.hook_normalized"], last)
+    found = attribute.gradient_x_activation(
+        model, clean, ["*.hook_write", "*.hook_x_in", "*.norm.hook_normalized"], last
+    )
     for name, values in found.items():
         assert values[:, ANSWER, 0].reshape(len(clean), -1).abs().amax(1).min() > 1e-3, name
         assert values[:, DECOY, 1].abs().max() == 0, name

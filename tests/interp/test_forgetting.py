@@ -49,7 +49,7 @@ def test_complex_modes_forget_by_their_modulus() -> None:
     found = forgetting(model, tokens(), 8)
     for layer, block in enumerate(model.blocks):
         rate = block.mixer.log_dt.exp()[:, None] * block.mixer.log_A_real.exp()
-        torch.testing.assert_close(half_life(-found.slow.log())[layer], math.log(2) / rate.amin(1), rtol=1e-4, atol=0)
+        torch.testing.assert_close(half_life(-found.slow.log())[layer], math.log(2) / rate.amin(1), rtol=1e-3, atol=0)
         torch.testing.assert_close(-found.log_decay[layer, 0, 3], rate.mean(1), rtol=1e-4, atol=1e-7)
     assert found.error < 1e-6
     assert bool((found.left <= found.written * (1 + 1e-9)).all())

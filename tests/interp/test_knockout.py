@@ -155,6 +155,27 @@ def test_a_decay_of_zero_lets_nothing_through_not_even_nan(parts: int) -> None:
     assert bool(found.any())
 
 
+@pytest.mark.definition
+def test_sources_with_the_same_targets_ahead_share_one_sum() -> None:
+    """Every outlier to every later token of its own prompt costs one scan, however many there are."""
+    decay, write = torch.rand(2, 3, 9, 2, 4, dtype=torch.float64)
+    outlier = torch.rand(3, 9, generator=torch.Generator().manual_seed(0)) < 0.5
+    steps = []
+
+    def advance(kept: Tensor, carried: Tensor) -> Tensor:
+        steps.append(1)
+        return kept * carried
+
+    found = dict(_carried(decay, write, patch.between(outlier, range(9), 9), advance))
+    assert int(outlier.sum()) > 9 and len(steps) <= 8
+    h = torch.zeros(3, 2, 4, dtype=torch.float64)
+    for t in range(9):
+        h = decay[:, t] * h
+        if t in found:
+            torch.testing.assert_close(found[t], h)
+        h = h + outlier[:, t, None, None] * write[:, t]
+
+
 # --- in the taps, and in several layers ---------------------------------------------------------
 
 

@@ -64,10 +64,10 @@ def test_every_subset_is_asked_once() -> None:
     assert len(asked) == len(set(asked)) == 32
 
 
-@pytest.mark.parametrize("players", [0, 13, 2.0, True])
-def test_players_out_of_range_are_refused(players: object) -> None:
+@pytest.mark.parametrize("players", [0, 13, True])
+def test_players_out_of_range_are_refused(players: int) -> None:
     with pytest.raises(BadArgument, match="players"):
-        shapley(lambda s: torch.zeros(1), players)  # type: ignore[arg-type]
+        shapley(lambda s: torch.zeros(1), players)
 
 
 def test_values_of_two_shapes_are_refused() -> None:

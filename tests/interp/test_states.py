@@ -86,15 +86,15 @@ def test_reach_is_an_unbiased_estimate_of_the_jacobian(architecture: str) -> Non
     """
     model, x = small(architecture), tokens(1, 5)
     expected = exact(model, x, 3)
-    single = torch.stack([states.reach(model, x, 3, seed=seed)[:, 0] for seed in range(150)])
-    off = (single.mean(0) - expected)[:, :4] / (single.std(0)[:, :4] / 150**0.5)
+    single = states.reach(model, x.expand(400, 5, 2), 3).transpose(0, 1)  # each copy has its own probe
+    off = (single.mean(0) - expected)[:, :4] / (single.std(0)[:, :4] / 400**0.5)
     assert float(off.abs().max()) < 4
     assert bool((expected[:, :4] > 0).all())
     assert bool((single[..., 4] == 0).all()) and bool((expected[:, 4] == 0).all())
     spread = (single.std(0) / single.mean(0))[:, :4]
-    assert 0.75 < float(spread.min()) and float(spread.max()) < 1.9
-    many = states.reach(model, x, 3, probes=60)[:, 0]
-    torch.testing.assert_close(many[:, :4], expected[:, :4], rtol=0.75, atol=0)
+    assert float(spread.min()) > 0.8 and float(spread.max()) < 1.8
+    more = states.reach(model, x.expand(50, 5, 2), 3, probes=16).transpose(0, 1)
+    assert float((more.std(0) / more.mean(0))[:, :4].max()) < 1.5 * 2**0.5 / 4
 
 
 @pytest.mark.planted

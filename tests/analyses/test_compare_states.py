@@ -1,0 +1,264 @@
+"""The comparison of states: its table and figure, its refusals, and every one of its checks seen failing."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import hooks
+import models
+from analyses import compare_states
+from hooks.errors import BadArgument
+from interp import cli, evaluate, states, tasks
+from interp.result import Result
+from interp.state_study import Plan, Study, plan, study
+from interp.stats import Interval
+
+D, N_PAIRS = 2, 9
+SIZES: dict[str, dict[str, Any]] = {
+    "mamba": {"d_model": 6, "n_layers": 2, "d_state": 4},
+    "s4d": {"d_model": 6, "n_layers": 3, "d_state": 3},
+}
+
+
+def checkpoint(folder: Path, name: str, architecture: str, task_config: dict[str, Any], task: str = "linreg") -> str:
+    """A small untrained model with a card that tells the truth about it."""
+    torch.manual_seed(0)
+    made = tasks.build("linreg", **task_config)
+    model = models.build(architecture, **SIZES[architecture], d_in=made.d_token, d_out=1).eval()
+    measured = {f"k={k}": row for k, row in evaluate.summary(model, made, [2, 4, 8], n=256).items()}
+    path = folder / f"{name}.safetensors"
+    models.save(model, path, {"task": task, "task_config": made.config, "measured": {"model": measured}})
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("checkpoints")
+    right = {"d": D, "n_pairs": N_PAIRS}
+    return {
+        "mamba": checkpoint(folder, "mamba", "mamba", right),
+        "s4d": checkpoint(folder, "s4d", "s4d", right),
+        "skewed": checkpoint(folder, "skewed", "s4d", {**right, "covariance": "skewed"}),
+        "other": checkpoint(folder, "other", "s4d", right, task="outliers"),
+    }
+
+
+@pytest.fixture(scope="module")
+def config(paths: dict[str, str]) -> compare_states.Config:
+    return compare_states.Config(models=(paths["mamba"], paths["s4d"]), prompts=40, components=6, permutations=40)
+
+
+@pytest.fixture(scope="module")
+def result(config: compare_states.Config) -> Result:
+    return compare_states.run(config)
+
+
+@pytest.mark.end_to_end
+def test_table_holds_every_quantity_of_every_model_and_pair(result: Result) -> None:
+    table, (mamba, s4d) = result.table, result.config["models"]
+    for name, layers in ((mamba, 2), (s4d, 3)):
+        own = table[table.model == name]
+        for quantity in (
+            *("R² of w", "R² of Xty", "R² of w_ols", "R² of y", "R² of w, untrained", "effective rank of a state"),
+            *("effective rank across prompts", "left of a write", "derivative by an example, of its mean"),
+            *("half-life in tokens, slowest mode (quartiles of channels)", "recovery by a swap of h"),
+            "resets (ends: permuted tokens)",
+        ):
+            rows = own[own.quantity == quantity]
+            assert {str(layer) for layer in range(layers)} <= set(rows.layer), quantity
+        assert {"norm of the state", "error", "R² of w from sums"} <= set(own.quantity)
+    assert set(table[table.quantity == "recovery by a swap of conv"].model) == {mamba}
+    pair = table[table.model == f"{mamba} ~ {s4d}"]
+    for measure in ("cka", "svcca", "procrustes"):
+        rows = pair[pair.quantity == measure]
+        assert len(rows) == 6 and rows.p.between(1 / 41, 1).all() and rows.control.notna().all()
+    bounded = table[table.low.notna() & ~table.quantity.str.startswith(("half-life", "resets"))]
+    assert (bounded.low <= bounded.value + 1e-9).all() and (bounded.value <= bounded.high + 1e-9).all()
+    assert (table.n > 1).all()
+    assert result.ok, [check for check in result.checks if not check.ok]
+
+
+@pytest.mark.end_to_end
+def test_the_figure_is_redrawn_from_disk_without_the_models(result: Result, tmp_path: Path) -> None:
+    saved = result.save(tmp_path, analysis="compare_states")
+    assert saved.folder is not None
+    figure = compare_states.plot(Result.load(saved.folder))
+    letters = [axes.get_title(loc="left") for axes in figure.axes if axes.get_title(loc="left")]
+    assert letters == list("abcdefghij")
+    title = figure.get_suptitle()
+    row = result.table[result.table.quantity == "R² of w, best layer"].iloc[0]
+    assert f"R² {row.value:.2f}" in title and "After 8 examples" in title
+
+
+@pytest.mark.planted
+def test_numbers_are_those_of_runs_made_by_hand(result: Result, config: compare_states.Config) -> None:
+    """The swap of one layer's h, a norm and a share that is left, again without the analysis."""
+    model, task = models.load(config.models[0]), tasks.build("linreg", d=D, n_pairs=N_PAIRS)
+    batch = evaluate.prompts(task, 40, 0, "probe")
+    own = result.table[result.table.model == config.models[0]]
+    at = int(batch.read[4])
+    with torch.no_grad():
+        _, first = model(batch.tokens[:20, :at], return_state=True)
+        _, second = model(batch.tokens[20:, :at], return_state=True)
+        query = batch.tokens[20:, at : at + 1]
+        mixed = [second[0], second[1]._replace(h=first[1].h)]
+        f_patch, f_1, f_2 = (model(query, state=s)[:, 0, 0].double() for s in (mixed, first, second))
+    slope = float(((f_patch - f_2) * (f_1 - f_2)).sum() / (f_1 - f_2).square().sum())
+    row = own[(own.quantity == "recovery by a swap of h") & (own.layer == "1")].iloc[0]
+    assert row["at"] == "k=4" and row.n == 20
+    assert row.value == pytest.approx(slope, rel=1e-3, abs=1e-5)
+
+    record = hooks.record(model, batch.tokens[:10], ["*.hook_decay", "*.hook_write"])
+    decay, write = (record[f"blocks.0.mixer.{kind}"].double() for kind in ("hook_decay", "hook_write"))
+    end = int(batch.read[8]) - 1
+    left = [(decay[:, s + 1 : end + 1].prod(1) * write[:, s]).square().sum((1, 2)) for s in (end - 3, end - 2)]
+    base = [write[:, s].square().sum((1, 2)) for s in (end - 3, end - 2)]
+    expected = float(((left[0] + left[1]) / (base[0] + base[1])).mean().sqrt())
+    row = own[(own.quantity == "left of a write") & (own.layer == "0") & (own["at"] == "age=1")].iloc[0]
+    assert row.value == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.contract
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"task": "lingre"}, "no task is called"),
+        ({"models": ("mamba",)}, "two or more different models"),
+        ({"models": ("mamba", "mamba")}, "two or more different models"),
+        ({"models": ("mamba", "nothing")}, "nothing"),
+        ({"models": ("mamba", "skewed")}, "another task than .*covariance=skewed instead of isotropic"),
+        ({"models": ("mamba", "other")}, 'trained on "outliers", not on "linreg"'),
+        ({"device": "tpu"}, "tpu"),
+        ({"components": 30}, "components=30"),
+        ({"components": 0}, "components=0"),
+        ({"prompts": 6}, "6 prompts"),
+        ({"reset": 1.5}, "reset=1.5"),
+        ({"longer": 1}, "longer=1"),
+        ({"permutations": 0}, "permutations=0"),
+    ],
+)
+def test_wrong_arguments_are_one_line(
+    config: compare_states.Config, paths: dict[str, str], flags: dict[str, Any], message: str
+) -> None:
+    if "models" in flags:
+        flags = {"models": tuple(paths.get(name, name) for name in flags["models"])}
+    with pytest.raises(BadArgument, match=message) as error:
+        compare_states.run(dataclasses.replace(config, **flags))
+    code, line = cli.explain(error.value)
+    assert code == 2 and "\n" not in line
+
+
+@pytest.mark.contract
+def test_a_model_without_states_is_refused_with_the_sites_it_lacks(
+    config: compare_states.Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(states, "missing", lambda model, kinds: [kind for kind in kinds if kind == "hook_state"])
+    with pytest.raises(BadArgument, match="has no hook_state: the comparison of states needs"):
+        compare_states.run(config)
+
+
+@pytest.fixture(scope="module")
+def parts(config: compare_states.Config) -> tuple[list[Study], list[Any], Any, Plan]:
+    names, loaded, task = compare_states._open(config)
+    asked = plan(task, 40, components=6, permutations=40, reset=0.5, longer=2, seed=0)
+    untrained = [compare_states._untrained(model, config) for model in loaded]
+    found = [study(name, model, u, asked) for name, model, u in zip(names, loaded, untrained, strict=True)]
+    return found, loaded, compare_states._alike(found, asked), asked
+
+
+def failing(parts: tuple[list[Study], list[Any], Any, Plan], **changes: Any) -> set[str]:
+    """What the checks say that fail when the first model's study is tampered with, without the model's name."""
+    found, loaded, alike, asked = parts
+    alike = changes.pop("alike", alike)
+    changed = [dataclasses.replace(found[0], **changes), *found[1:]]
+    checks = compare_states._checks(changed, loaded, alike, asked)
+    return {check.name.split(": ", 1)[1] for check in checks if not check.ok}
+
+
+@pytest.mark.contract
+def test_every_check_fails_when_what_it_checks_is_broken(parts: tuple[list[Study], list[Any], Any, Plan]) -> None:
+    one = parts[0][0]
+    assert failing(parts) == set()
+    assert failing(parts, error=one.error + 5) == {
+        f"clean error at k={k} against the card, standard errors" for k in (2, 4, 8)
+    }
+    half = Interval(np.array(0.9), np.array(0.8), np.array(1.0), n=20)
+    assert failing(parts, exact=half) == {"swap of the whole state, distance of its slope from 1"}
+    assert failing(parts, nothing=1e-3) == {"swap of nothing, largest change"}
+    assert failing(parts, reach_gap=0.2) == {"derivative against differences, relative"}
+    assert one.forgets is not None
+    off = dataclasses.replace(one.forgets, error=0.01)
+    assert failing(parts, forgets=off) == {"states rebuilt from decays and writes, relative"}
+    told = {name: dataclasses.replace(r, shuffled=r.score * 0 + 0.2) for name, r in one.reading.items()}
+    assert failing(parts, reading=told) == {
+        "shuffled targets, mean R²",
+        "shuffled targets, share with an interval above 0",
+    }
+    biased = {
+        pair: {"cka": dataclasses.replace(m["cka"], null_mean=m["cka"].null_mean + 0.3)} for pair, m in parts[2].items()
+    }
+    assert failing(parts, alike=biased) == {"debiased CKA of permuted prompts, largest mean"}
+
+
+@pytest.mark.planted
+def test_broken_runs_are_seen_by_the_study_itself(
+    parts: tuple[list[Study], list[Any], Any, Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A state that does not go in whole, and shuffled targets that are not shuffled, reach the checks."""
+    import interp.probe as module
+    import interp.swap as swapping
+
+    _, loaded, _, asked = parts
+    right = swapping._states
+
+    def forgetful(model: Any, context: Any) -> Any:
+        return [layer._replace(h=layer.h * 0.5) for layer in right(model, context)]
+
+    monkeypatch.setattr(swapping, "_states", forgetful)
+    monkeypatch.setattr(
+        module.np.random, "default_rng", lambda seed=None, real=np.random.default_rng: _Still(real(seed))
+    )
+    broken = study("it", loaded[0], loaded[0], asked)
+    checks = compare_states._checks([broken], loaded[:1], {}, asked)
+    names = {check.name.split(": ", 1)[1] for check in checks if not check.ok}
+    assert "swap of the whole state, distance of its slope from 1" in names
+    assert "shuffled targets, mean R²" in names
+
+
+class _Still:
+    """A random generator whose permutations leave everything in its place."""
+
+    def __init__(self, real: Any) -> None:
+        self.real = real
+
+    def permutation(self, n: int) -> Any:
+        return np.arange(n)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.real, name)
+
+
+@pytest.mark.end_to_end
+def test_the_command(paths: dict[str, str], tmp_path: Path) -> None:
+    """``python -m analyses.compare_states --quick``: files, table, checks; and one model only."""
+    command = [sys.executable, "-m", "analyses.compare_states", "--quick", "--out", str(tmp_path), "--models"]
+    done = subprocess.run([*command, paths["mamba"], paths["s4d"]], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    folder = Path(done.stdout.strip().splitlines()[-1].removeprefix("written: "))
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "arrays.npz", "figure.png", "figure.svg", "result.json", "table.csv",
+    ]  # fmt: skip
+    head = json.loads((folder / "result.json").read_text())
+    assert head["ok"], head["checks"]
+    wrong = subprocess.run([*command, paths["mamba"]], capture_output=True, text=True, check=False)
+    assert wrong.returncode == 2 and wrong.stdout == "" and len(wrong.stderr.strip().splitlines()) == 1
