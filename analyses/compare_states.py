@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from interp.similarity import Similarity
     from interp.state_study import Plan, Study
     from interp.tasks import Task
-    from models import Stack
+    from models import Root
 
     Alike = Mapping[tuple[int, int], Mapping[str, Similarity]]
 
@@ -120,7 +120,7 @@ def run(config: Config) -> Result:
     )
 
 
-def _open(config: Config) -> tuple[list[str], list[Stack], Task]:
+def _open(config: Config) -> tuple[list[str], list[Root], Task]:
     """The models, each under a name of its own, and the one task that all were trained on."""
     import models
     from hooks.errors import BadArgument
@@ -155,7 +155,7 @@ def _open(config: Config) -> tuple[list[str], list[Stack], Task]:
     return names, loaded, tasks.build(config.task, **first)
 
 
-def _untrained(model: Stack, config: Config) -> Any:
+def _untrained(model: Root, config: Config) -> Any:
     """The same architecture with the weights that a training starts from."""
     import torch
 
@@ -187,7 +187,7 @@ def _alike(studies: list[Study], asked: Plan) -> dict[tuple[int, int], dict[str,
     }
 
 
-def _checks(studies: list[Study], loaded: list[Stack], alike: Alike, asked: Plan) -> list[Check]:
+def _checks(studies: list[Study], loaded: list[Root], alike: Alike, asked: Plan) -> list[Check]:
     """What must hold for the numbers to mean anything, model by model."""
     import numpy as np
 
@@ -213,8 +213,8 @@ def _checks(studies: list[Study], loaded: list[Stack], alike: Alike, asked: Plan
         checks.append(Check.at_most(f"{name}: shuffled targets, share with an interval above 0", wrong, 0.05))
         checks.append(Check.at_most(f"{name}: derivative against differences, relative", study.reach_gap, 0.05))
         if study.forgets is not None:
-            error = study.forgets.error
-            checks.append(Check.at_most(f"{name}: states rebuilt from decays and writes, relative", error, FP32))
+            gap = study.forgets.error
+            checks.append(Check.at_most(f"{name}: states rebuilt from decays and writes, relative", gap, FP32))
     for (i, j), measures in alike.items():
         chance = float(np.abs(measures["cka"].null_mean).max())
         names = f"{studies[i].name}, {studies[j].name}"
@@ -230,9 +230,9 @@ def plot(result: Result) -> Figure:
     from interp.variance import LEVELS
 
     arrays, config = result.arrays, result.config
-    names, ks, last = config["models"], arrays["ks"], int(arrays["ks"][-1])
+    names, ks, last = _labels(config["models"]), arrays["ks"], int(arrays["ks"][-1])
     target = str(arrays["targets"][0])
-    figure, axes = draw.grid(((1, 1, 1.15), (1, 1, 1), (1, 1, 1, 1)), (3.3, 3.3, 3.1))
+    figure, axes = draw.grid(((1.0, 1.0, 1.15), (1.0, 1.0, 1.0), (1.0, 1.0, 1.0, 1.0)), (3.3, 3.3, 3.1))
     reads, layers, alike, memory, half, content, rank, norm, error, swap = axes
 
     by_k, by_layer = {}, {}
@@ -240,8 +240,7 @@ def plot(result: Result) -> Figure:
         score, untrained = arrays[f"r2_{i}"][0], arrays[f"untrained_{i}"][0]
         best, asked = _best(score), ~(untrained[0, :, 0] != untrained[0, :, 0])
         by_k[name] = {"trained": (ks, score[best]), "untrained": (ks[asked], untrained[_best(untrained)][asked])}
-        depth = range(len(score))
-        by_layer[name] = {"trained": (depth, score[:, -1]), "untrained": (depth, untrained[:, -1])}
+        by_layer[name] = {"trained": _over(score[:, -1]), "untrained": _over(untrained[:, -1])}
     draw.baseline(reads, ks, arrays["sums"][0, :, 0], "from sums of y x and x xᵀ", floor=None)
     draw.baseline(reads, ks, arrays["shuffled_0"][0, :, :, 0].mean(0), f"shuffled ({names[0]})", floor=None, style=3)
     draw.families(reads, by_k, floor=None, key=True)
@@ -258,15 +257,14 @@ def plot(result: Result) -> Figure:
     total, left = "∂h/∂x, all paths (÷ its mean)", "‖∏ decay · w‖ / ‖w‖"
     kept: dict[str, dict[str, Any]] = {}
     for i, name in enumerate(names):
-        kept[name] = {total: (range(len(arrays[f"reach_{i}"])), arrays[f"reach_{i}"])}
+        kept[name] = {total: _over(arrays[f"reach_{i}"])}
         if f"left_{i}" in arrays:
-            kept[name][left] = (range(len(arrays[f"left_{i}"])), arrays[f"left_{i}"])
+            kept[name][left] = _over(arrays[f"left_{i}"])
     draw.families(memory, kept, floor=1e-3)
     _axis(memory, "age of the example", "what reaches the state")
     lives = {
         name: {
-            what: (range(arrays[f"half_{i}"].shape[1]), line)
-            for what, line in zip(("slowest mode", "what is held"), arrays[f"half_{i}"], strict=True)
+            what: _over(line) for what, line in zip(("slowest mode", "what is held"), arrays[f"half_{i}"], strict=True)
         }
         for i, name in enumerate(names)
         if f"half_{i}" in arrays
@@ -290,20 +288,18 @@ def plot(result: Result) -> Figure:
         }
     draw.families(rank, both, floor=1.0)
     _axis(rank, "examples seen, k", "effective rank")
-    sizes = {name: {"": (range(1, len(arrays[f"norm_{i}"]) + 1), arrays[f"norm_{i}"])} for i, name in enumerate(names)}
+    sizes = {name: {"": _over(arrays[f"norm_{i}"], 1)} for i, name in enumerate(names)}
     draw.families(norm, sizes, floor=None)
     _axis(norm, "examples seen, k", f"‖h‖ relative to k = {last}")
-    draw.boundary(norm, last, "trained")
-    errors = {
-        name: {"": (range(len(arrays[f"long_error_{i}"])), arrays[f"long_error_{i}"])} for i, name in enumerate(names)
-    }
+    draw.boundary(norm, float(last), "trained")
+    errors = {name: {"": _over(arrays[f"long_error_{i}"])} for i, name in enumerate(names)}
     draw.families(error, errors, floor=1e-4)
     error.axhline(1.0, color="0.45", linewidth=2.0, alpha=0.75, zorder=1)
     _axis(error, "examples seen, k", "error (grey: predict 0)")
-    draw.boundary(error, last, "trained")
+    draw.boundary(error, float(last), "trained")
     moved = {
         name: {
-            str(part): (range(arrays[f"swaps_{i}"].shape[1]), line)
+            str(part): _over(line)
             for part, line in zip(arrays[f"parts_{i}"], arrays[f"swaps_{i}"], strict=True)
             if part != "both"
         }
@@ -322,6 +318,19 @@ def plot(result: Result) -> Figure:
         color="0.35",
     )
     return figure
+
+
+def _labels(names: list[str]) -> list[str]:
+    """Bundled names as they are, files and folders by the last part of their path where that tells them apart."""
+    short = [Path(name).name.removesuffix(".safetensors") for name in names]
+    return short if len(set(short)) == len(short) else names
+
+
+def _over(line: Any, start: int = 0) -> tuple[Any, Any]:
+    """A curve over 0, 1, 2 … (or ``start`` …)."""
+    import numpy as np
+
+    return np.arange(start, start + len(line)), line
 
 
 def _best(score: Any) -> int:
@@ -357,7 +366,7 @@ def _resets(arrays: Mapping[str, Any], i: int) -> str:
 
 def _title(result: Result) -> str:
     """The sentences that the figure supports, made from its numbers."""
-    arrays, names = result.arrays, result.config["models"]
+    arrays, names = result.arrays, _labels(result.config["models"])
     target, last = str(arrays["targets"][0]), int(arrays["ks"][-1])
     scores = [arrays[f"r2_{i}"][0] for i in range(len(names))]
     read = ", ".join(

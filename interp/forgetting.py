@@ -59,10 +59,12 @@ def forgetting(model: Any, tokens: Tensor, position: int) -> Forgetting:
         measured = [_layer(*(as_complex(model, each) for each in layer)) for layer in layers]
         parts.append([one[:-1] for one in measured])
         gaps.append([one[-1] for one in measured])
-    fields = [torch.cat([torch.stack([layer[i] for layer in part]) for part in parts], dim=1) for i in range(5)]
+    written, left, slow, log_decay, lost = (
+        torch.cat([torch.stack([layer[i] for layer in part]) for part in parts], dim=1) for i in range(5)
+    )
     gap = torch.stack([torch.stack(part) for part in gaps]).sum(0)  # layer, (‖difference‖², ‖h‖²)
     error = float((gap[:, 0] / gap[:, 1].clamp(min=1e-300)).sqrt().max())
-    return Forgetting(*fields, error)
+    return Forgetting(written, left, slow, log_decay, lost, error)
 
 
 def half_life(rate: Float[Tensor, "layer batch pos d_inner"]) -> Float[Tensor, "layer d_inner"]:

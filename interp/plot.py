@@ -7,6 +7,7 @@ figure its n and its baseline. This is the one place that imports matplotlib and
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import matplotlib
 
@@ -103,12 +104,12 @@ def curves(
 
 def families(
     axes: Axes,
-    groups: Mapping[str, Mapping[str, tuple[Num[np.ndarray, "k"], Float[np.ndarray, "k 3"]]]],
+    groups: Mapping[str, Mapping[str, tuple[np.ndarray, np.ndarray]]],
     *,
     floor: float | None,
     key: bool = False,
 ) -> None:
-    """Several curves for each of several groups: group → member → (x, (mean, low, high) on the last axis).
+    """Several curves for each of several groups: group → member → (x (k,), mean, low and high (k, 3)).
 
     Colour and marker tell the groups apart, line style the members. NaN ends draw no band. ``floor`` as in
     :func:`curves`; ``key`` also names the groups in the legend (once in a figure is enough). What was drawn before with
@@ -127,10 +128,13 @@ def families(
             )
             axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
     named = list(enumerate(groups)) if key else []
-    handles = [Line2D([], [], color=COLOURS[i % len(COLOURS)], marker=MARKERS[i % len(MARKERS)]) for i, _ in named]
+    handles: list[Any] = [
+        Line2D([], [], color=COLOURS[i % len(COLOURS)], marker=MARKERS[i % len(MARKERS)]) for i, _ in named
+    ]
     labels = [name for _, name in named]
     if len(members) > 1:
-        handles += [Line2D([], [], color="0.3", linestyle=STYLES[i % len(STYLES)]) for i in range(len(members))]
+        styles: Any = STYLES
+        handles += [Line2D([], [], color="0.3", linestyle=styles[i % len(STYLES)]) for i in range(len(members))]
         labels += members
     beside, names = axes.get_legend_handles_labels()
     if handles or beside:

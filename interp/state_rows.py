@@ -62,9 +62,9 @@ def arrays(studies: Sequence[Study], alike: Alike, asked: Plan) -> dict[str, np.
             parts = study.content
             made[f"shares_{i}"] = np.stack([parts.share, parts.low, parts.high])
         if study.resets is not None:
-            found = study.resets
-            each = (found.rate, found.control, found.low, found.high, found.p)
-            made[f"resets_{i}"] = np.stack([part.numpy() for part in each])
+            events = study.resets
+            moved = (events.rate, events.control, events.low, events.high, events.p)
+            made[f"resets_{i}"] = np.stack([part.numpy() for part in moved])
         made[f"within_{i}"] = _lines(study.within.mean(0))
         made[f"across_{i}"] = study.across.mean(0).numpy()
         made[f"norm_{i}"] = relative_norm(study, asked)

@@ -226,5 +226,5 @@ def test_the_command_on_the_bundled_checkpoint(tmp_path: Path) -> None:
 
 
 def test_a_task_that_is_read_at_its_query_alone_is_refused() -> None:
-    with pytest.raises(BadArgument, match="read at its last token only.*attribute_outliers"):
+    with pytest.raises(BadArgument, match=r"read at its last token only.*attribute_outliers"):
         ablate_delta.run(ablate_delta.Config(task="outliers", quick=True))

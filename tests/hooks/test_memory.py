@@ -49,7 +49,9 @@ def test_a_refusal_comes_before_the_forward_and_says_what_would_fit(make: Callab
     model = make()
     need = memory.check_memory(model, x, list(model.hook_dict), None)
     runs = model.runs
-    with pytest.raises(hooks.TooLarge, match=r"take 313 kB, allowed are 200 kB \(max_memory\): without the sites of the scan"):
+    with pytest.raises(
+        hooks.TooLarge, match=r"take 313 kB, allowed are 200 kB \(max_memory\): without the sites of the scan"
+    ):
         model.run_with_cache(x, max_memory=200_000)
     with pytest.raises(hooks.TooLarge, match="fewer"):
         model.run_with_cache(x, names_filter="*.hook_state", max_memory=1000)

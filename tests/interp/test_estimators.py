@@ -14,7 +14,6 @@ from torch import Tensor
 from hooks.errors import BadArgument
 from interp import estimators, seeds, tasks
 
-
 NEEDED = {"gd": {"steps": 3}, "gdpp": {"steps": 3}, "newton": {"steps": 3}, "online_gd": {"rate": 0.1}}
 """Options without a default, by estimator."""
 
