@@ -9,9 +9,9 @@ Estimand   error at the clean query against the share α of contaminated context
            decays) against closeness. Then what becomes of prediction and error when the outliers' Δ or output gate is
            put at the clean mean, the clean ones' at the outliers', each of Δ, gate, x, (B, C) at the twin's own value,
            and when outliers are knocked out of the scan, of the convolution's taps, of both
-Controls   as many random clean examples edited in the same way; the outliers' own mean; the identity edit; the untrained
-           model; shuffled outlier flags; the vote over examples with the query's pattern, the oracle that knows the
-           outliers, and chance
+Controls   as many random clean examples edited in the same way; the outliers' own mean; the identity edit; the
+           untrained model; shuffled outlier flags; the vote over examples with the query's pattern, the oracle that
+           knows the outliers, and chance
 Not shown  other trainings of these models: intervals are over prompts. First-order parts hold the rest of the network
            at its slope, and leave out what reaches the query by the residual stream and D x; the gap is in the table
 Cost       a minute and a half with 256 prompts on 2 cores that were shared with other work
@@ -22,7 +22,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -127,10 +127,9 @@ def run(config: Config) -> Result:
     found = Findings()
     untrained = _untrained(subjects, config)
     conditions = list(_conditions(subjects.task, config))
-    with progress(len(conditions) + len(config.layers) + 3, "attribute_outliers") as tick:
-        for condition in conditions:
-            _errors(found, subjects, condition, count, config)
-            tick()
+    with progress(len(config.layers) + 3, "attribute_outliers") as tick:
+        _errors(found, subjects, conditions, count, config)
+        tick()
         changes = {"rule": config.rules[0]} if config.rules and "rule" in subjects.task.config else {}
         prompts, others = (
             draw(subjects.task, count, config.seed, purpose, config.alpha, **changes)
@@ -186,9 +185,10 @@ def _open(config: Config) -> Subjects:
         if other not in found:
             found[other] = models.load(other).to(device).eval()
     for other, model in found.items():
-        if model.card.get("task") != trained_on:
+        task_of = model.card.get("task")
+        if task_of != trained_on:
             raise BadArgument(
-                f'{other} was trained on "{model.card.get("task")}" and {name} on "{trained_on}": compare models of one task'
+                f'{other} was trained on "{task_of}", {name} on "{trained_on}": compare models of one task'
             )
         differ = {k for k, v in first.card["task_config"].items() if model.card["task_config"].get(k) != v}
         if differ:
@@ -258,26 +258,40 @@ def _conditions(task: Task, config: Config) -> Iterator[Condition]:
             yield Condition("placement", place, config.alpha, {**rules[0], "placement": place})
 
 
-def _errors(found: Findings, subjects: Subjects, condition: Condition, count: int, config: Config) -> None:
-    """The error of every model and baseline under one condition."""
+def _errors(found: Findings, subjects: Subjects, conditions: list[Condition], count: int, config: Config) -> None:
+    """The error of every model and baseline under each condition.
+
+    A model reads the prompts of all conditions in one go: most of the time of small batches is overhead.
+    """
+    import torch
+
     from interp import evaluate, tasks
     from interp.outlier_prompts import share_of
 
-    changes = {**condition.changes, share_of(subjects.task): condition.alpha}
-    task = tasks.build(subjects.task.name, **{**subjects.task.config, **changes})
-    batch = evaluate.prompts(task, count, config.seed)
+    share = share_of(subjects.task)
+    drawn = []
+    for condition in conditions:
+        changes = {**condition.changes, share: condition.alpha}
+        task = tasks.build(subjects.task.name, **{**subjects.task.config, **changes})
+        drawn.append((condition, task, evaluate.prompts(task, count, config.seed)))
+    if not drawn:
+        return
+    batches = [batch.last() for _, _, batch in drawn]
+    fields = {name: torch.cat([getattr(batch, name) for batch in batches]) for name in ("tokens", "targets", "x", "y")}
+    every = replace(batches[0], **fields, truth={})
     for name, model in subjects.models.items():
-        error = evaluate.errors(model, task, batch=batch, query_only=True)[:, -1]
-        _error_row(found, name, condition, error, classes=_classes(batch))
-    for name, errors in task.baselines(batch).items():
-        _error_row(found, name, condition, errors[:, -1] / task.scale, classes=_classes(batch))
+        predicted = evaluate.predictions(model, subjects.task, every, query_only=True).split(count)
+        for (condition, task, batch), part in zip(drawn, predicted, strict=True):
+            _error_row(found, name, condition, task.error(part, batch.last())[:, -1])
+    for condition, task, batch in drawn:
+        for name, errors in task.baselines(batch).items():
+            _error_row(found, name, condition, errors[:, -1] / task.scale)
 
 
-def _error_row(found: Findings, name: str, condition: Condition, error: Tensor, *, classes: bool) -> None:
+def _error_row(found: Findings, name: str, condition: Condition, error: Tensor) -> None:
     from interp.outlier_rows import level
 
-    measured = level(error, classes=classes)
-    found.rows.add(condition.part, name, condition.label, "error", measured, alpha=condition.alpha)
+    found.rows.add(condition.part, name, condition.label, "error", level(error), alpha=condition.alpha)
 
 
 def _classes(batch: Batch) -> bool:

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
     Alike = Mapping[tuple[int, int], Mapping[str, Similarity]]
 
-QUICK = 64
+QUICK = 48
 STEMS = ("mamba", "lti-mamba", "s4d")
 FP32 = 1e-4
 """Largest difference between two fp32 paths of one function, relative to the largest value."""
@@ -69,7 +69,7 @@ class Config:
     out: Path = Path("out")
     "Where the result's folder goes."
     quick: bool = False
-    "The same with 64 prompts, 12 components and 60 permutations."
+    "The same with 48 prompts, 12 components and 60 permutations."
     json: bool = False
     "Print result.json instead of the table."
 
@@ -85,7 +85,7 @@ def run(config: Config) -> Result:
     from interp import provenance, state_rows
     from interp.progress import progress
     from interp.result import Result
-    from interp.state_study import plan, study
+    from interp.state_study import one_thread, plan, study
 
     names, loaded, task = _open(config)
     components = min(config.components, 12) if config.quick else config.components
@@ -99,7 +99,8 @@ def run(config: Config) -> Result:
         seed=config.seed,
     )
     studies = []
-    with progress(len(names) + 1, "compare_states") as tick:
+    # Many small pieces: threads would wait for each other longer than they work.
+    with progress(len(names) + 1, "compare_states") as tick, one_thread():
         for name, model in zip(names, loaded, strict=True):
             studies.append(study(name, model, _untrained(model, config), asked))
             tick()
@@ -206,11 +207,9 @@ def _checks(studies: list[Study], loaded: list[Root], alike: Alike, asked: Plan)
         off = abs(float(study.exact.mean) - 1)
         checks.append(Check.at_most(f"{name}: swap of the whole state, distance of its slope from 1", off, 1e-3))
         checks.append(Check.at_most(f"{name}: swap of nothing, largest change", study.nothing, 0.0))
-        shuffled = np.concatenate([reading.shuffled.reshape(-1, 3) for reading in study.reading.values()])
-        shuffled = shuffled[np.isfinite(shuffled[:, 0])]
-        checks.append(Check.at_most(f"{name}: shuffled targets, mean R²", float(shuffled[:, 0].mean()), 0.01))
-        wrong = float((shuffled[:, 1] > 0).mean())
-        checks.append(Check.at_most(f"{name}: shuffled targets, share with an interval above 0", wrong, 0.05))
+        shuffled = [float(np.nanmean(reading.shuffled[..., 0])) for reading in study.reading.values()]
+        checks.append(Check.at_most(f"{name}: shuffled targets, mean R²", float(np.mean(shuffled)), 0.01))
+        checks.append(Check.at_most(f"{name}: shuffled targets, largest mean R² of one", max(shuffled), 0.05))
         checks.append(Check.at_most(f"{name}: derivative against differences, relative", study.reach_gap, 0.05))
         if study.forgets is not None:
             gap = study.forgets.error
@@ -243,10 +242,12 @@ def plot(result: Result) -> Figure:
         by_layer[name] = {"trained": _over(score[:, -1]), "untrained": _over(untrained[:, -1])}
     draw.baseline(reads, ks, arrays["sums"][0, :, 0], "from sums of y x and x xᵀ", floor=None)
     draw.baseline(reads, ks, arrays["shuffled_0"][0, :, :, 0].mean(0), f"shuffled ({names[0]})", floor=None, style=3)
+    reads.set_ylim(-0.15, 1.0)
     draw.families(reads, by_k, floor=None, key=True)
-    _axis(reads, "examples seen, k", f"R² of {target}, best layer", (-0.15, 1.02))
+    _axis(reads, "examples seen, k", f"R² of {target}, best layer")
+    layers.set_ylim(-0.15, 1.0)
     draw.families(layers, by_layer, floor=None)
-    _axis(layers, "layer", f"R² of {target} at k = {last}", (-0.15, 1.02))
+    _axis(layers, "layer", f"R² of {target} at k = {last}")
 
     value, _, _, _, family = arrays["cka_0_1"]
     rows, columns = ([str(layer) for layer in range(size)] for size in value.shape)
@@ -348,11 +349,9 @@ def _bare(line: Any) -> Any:
     return np.stack([line, nothing, nothing], axis=-1)
 
 
-def _axis(axes: Any, x: str, y: str, limits: tuple[float, float] | None = None) -> None:
+def _axis(axes: Any, x: str, y: str) -> None:
     axes.set_xlabel(x)
     axes.set_ylabel(y, fontsize=8)
-    if limits is not None:
-        axes.set_ylim(*limits)
 
 
 def _resets(arrays: Mapping[str, Any], i: int) -> str:

@@ -222,19 +222,20 @@ def _checks(
     if probes:
         blind = float(np.mean([one.probe.controls["shuffled"].mean for one in probes]))
         checks.append(Check.at_most("probes of shuffled targets: mean R²", blind, 0.02))
+    size = seen.size.double().cpu().numpy()
     if subject.regression:
-        size = seen.size.double().cpu().numpy()
         ours = ratio(seen.other_prompt[-1].double().cpu().numpy(), size)
         gap = abs(float(ours.mean) - lens.floor(config.m)) / max(float(ours.high - ours.low) / 3.92, 1e-12)
         checks.append(
             Check.at_most("floor, formula against another prompt's predictions, in standard errors", gap, 4.0)
         )
-        nothing, least = float(size.mean()), 0.9 * (1 - 1 / task.d)
+        # Of a feature that is linear in x and knows nothing of w, the fit still uses its 1/d in common with w.
+        least = (1 - 1 / task.d) * float(size.mean())
     else:
-        nothing, least = 1.0, 0.4
+        least = 0.5
     for name, values in (("other labels", seen.other_labels), ("untrained weights", seen.untrained)):
-        level = float(values[-1].mean()) / nothing
-        checks.append(Check.at_least(f"{name}: the lens after the last block, relative to zero", level, least))
+        below = (least - float(values[-1].mean())) / max(float(values[-1].std()) / len(size) ** 0.5, 1e-12)
+        checks.append(Check.at_most(f"{name}: lens after the last block below chance, in standard errors", below, 4.0))
     if found is not None:
         from interp import estimators
 

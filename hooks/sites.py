@@ -116,6 +116,7 @@ TRANSFORMER: dict[str, Kind] = {
     "attn.hook_z": Kind(_HEAD, "Σ_s pattern v_s"),
     "attn.o.hook_out": Kind(_MODEL, "W_O z + b"),
     "hook_attn_out": Kind(_MODEL, "W_O z + b", "real", "the attention's output, as it is added to r"),
+    "ln2.hook_in": Kind(_MODEL, "r after the attention, as the norm reads it", "real", "r itself goes on unedited"),
     "ln2.hook_out": Kind(_MODEL, "r̂ = normalized · weight + bias"),
     "mlp.hook_in": Kind(_MODEL, "r̂, as the MLP reads it"),
     "mlp.in.hook_in": Kind(_MODEL, "r̂, as W_in reads it"),

@@ -67,7 +67,7 @@ class Contributions:
     error: float
     """The largest |sum of all parts − total|."""
     relative_error: float
-    """The largest of that ÷ the sum of the parts' absolute values (over tokens, and the shares beside them)."""
+    """The largest of that ÷ the sum of the absolute values of all parts, token by token and channel by channel."""
 
     @property
     def tokens(self) -> Float[Tensor, "batch pos"]:
@@ -194,18 +194,18 @@ def _summed(
     g = g.to(seen.x.dtype)
     (reached, put), init = seen.pull_back(g, [seen.gain if inside.taps else seen.write, seen.edited])
     by_write = reached * seen.x if inside.taps else reached
-    by_channel, conv_bias, conv_init, edit = by_write, init.new_zeros(len(init)), init.new_zeros(len(init)), _sum(put)
+    by_channel, edit = by_write, _sum(put)
+    conv_bias = conv_init = torch.zeros_like(edit)
     if inside.taps:
         taps = taps_of(model, layer, seen)
         split = taps.split(reached.transpose(1, 2)[:, :, None])
         by_channel = (split.values[:, :, 0] * taps.source).transpose(1, 2)
         conv_bias, conv_init, edit = _sum(split.conv_bias), _sum(split.conv_init), edit + _sum(split.edited)
     skips = g * seen.sites["hook_skip"].to(g) if "hook_skip" in seen.sites else torch.zeros_like(g)
-    skip, start = skips.sum(-1, dtype=torch.float64), _sum(init)
-    total = _sum(g * seen.y.to(g)) + skip.sum(-1)
-    parts = [by_channel.sum(-1, dtype=torch.float64), skip, *(p[:, None] for p in (start, conv_bias, conv_init, edit))]
-    every = torch.cat(parts, dim=1)
-    error, size = (every.sum(1) - total).abs(), every.abs().sum(1)
+    beside = torch.stack([_sum(init), conv_bias, conv_init, edit])
+    total = _sum(g * seen.y.to(g)) + _sum(skips)
+    error = (_sum(by_channel) + beside.sum(0) + _sum(skips) - total).abs()
+    size = _sum(by_channel.abs()) + beside.abs().sum(0) + _sum(skips.abs())
     relative = torch.where(error == 0, 0.0, error / size)
     finite = None
     if knocked_out is not None:
@@ -215,11 +215,11 @@ def _summed(
     kind = by_channel.dtype
     return Contributions(
         by_channel=by_channel,
-        state_init=start.to(kind),
-        conv_bias=conv_bias.to(kind),
-        conv_init=conv_init.to(kind),
-        edited=edit.to(kind),
-        skip=skip.to(kind),
+        state_init=beside[0].to(kind),
+        conv_bias=beside[1].to(kind),
+        conv_init=beside[2].to(kind),
+        edited=beside[3].to(kind),
+        skip=skips.sum(-1, dtype=torch.float64).to(kind),
         total=total.to(kind),
         exact=value is None,
         scalar=value,

@@ -4,7 +4,7 @@
     Δ / output gate of clean := outliers'     the reverse
     Δ / output gate / x / B and C of outliers := twin's   each outlier's own value in the run in which all outliers are
                                               clean; the others of these are held at what they are in the prompt
-    outliers out of the scan / taps / both    no later token reads them there (``interp/knockout.py``); their decays stay
+    outliers out of the scan / taps / both    no later token reads them there (``interp/knockout.py``); decays stay
     outliers frozen, out of the taps          Δ := 0 as well: neither written nor forgotten
 
 in all layers at once. Means come from other prompts. Each edit has a *whole* that its recovery is measured against:

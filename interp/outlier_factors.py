@@ -1,4 +1,4 @@
-"""Why an outlier contributes less: its contribution through one layer's scan, split over the factors that it is made of.
+"""Why an outlier contributes less: its contribution through one layer's scan, split over the factors it is made of.
 
 Through the scan of one layer the token s contributes to the prediction, to first order,
 
@@ -9,8 +9,8 @@ them), channels c and states n. g_t is the gradient of the prediction at the gat
 layers and the read-out linearised. Where the model has no output gate, g is the gradient at y.
 
 The comparison is between two runs: the prompt, and the same prompt with its outliers clean (``outlier_prompts``: each
-example's own clean twin). All five factors are those that the runs used, at the same readers t and the same source s, so
-that they can be exchanged one by one:
+example's own clean twin). All five factors are those that the runs used, at the same readers t and the same source s,
+so that they can be exchanged one by one:
 
     match         B_s with the C_t of its readers
     write         what scales the input: Δ_s under Euler's rule, 1 − exp(−Δ_s) under zero-order hold with A = −1

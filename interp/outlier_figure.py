@@ -1,4 +1,4 @@
-"""The figure of an outlier analysis, drawn from its result alone: six panels, each empty with a line where it has nothing."""
+"""The figure of an outlier analysis, drawn from its result alone; a panel without numbers holds a line that says why."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _TITLED = {
 
 def figure(result: Result) -> Figure:
     """Error against α; placement; votes, their split, the gate; what the interventions change."""
-    whole, panels = draw.grid([(1.25, 1.1, 1.0), (1.15, 0.95, 1.3)], (4.0, 4.4), width=15.0)
+    whole, panels = draw.grid([(1.25, 1.1, 1.0), (1.15, 0.95, 1.3)], (4.0, 5.0), width=15.0)
     for panel, fill in zip(panels, (_curve, _placement, _votes, _shares, _gates, _uses), strict=True):
         why = fill(panel, result)
         if why:
@@ -204,10 +204,19 @@ def _title(result: Result) -> str:
                 break
         parts.append(
             f"{name}: error {worst.value:.2f} [{worst.low:.2f}, {worst.high:.2f}] with {worst.alpha:.0%} "
-            f"of the context contaminated"
+            f"of the context contaminated{_beside(curve, worst.alpha)}"
         )
     use = table[(table.part == "use") & (table.model == name) & (table.quantity == "recovery")].set_index("condition")
     shown = [f"{label} {use.value[key]:.2f}" for label, key in _TITLED.items() if key in use.index]
     if shown:
         parts.append(f"share of the clean twins' effect that comes back: {', '.join(shown)}")
     return ";\n".join(parts) or name
+
+
+def _beside(curve: Any, alpha: float) -> str:
+    """The error of the first baseline at this α."""
+    for name, shown in BASELINES.items():
+        rows = curve[(curve.model == name) & (curve.alpha == alpha)]
+        if len(rows):
+            return f" ({shown}: {rows.value.iloc[0]:.2f})"
+    return ""

@@ -60,7 +60,7 @@ def selection_gate(
 
 
 def by_rank(values: Float[Tensor, "batch example"], chosen: Examples) -> Float[np.ndarray, "batch rank"]:
-    """``values`` of the ``chosen`` examples from the closest to the query to the farthest; NaN beyond a prompt's last."""
+    """``values`` of the ``chosen`` examples from the closest to the query on; NaN beyond a prompt's last."""
     turned, picked = values.flip(1), chosen.flip(1)
     found = torch.full_like(turned, torch.nan)
     rank = picked.cumsum(1) - 1

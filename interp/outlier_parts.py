@@ -94,7 +94,6 @@ def why(found: Findings, name: str, model: Any, prompts: Prompts, layer: int, kn
 
 def used(found: Findings, name: str, model: Any, prompts: Prompts, reference: Prompts, seed: int) -> None:
     """Error, margin and recovery under every intervention on one model."""
-    classes = "same" in prompts.batch.truth
     batch, scale = prompts.batch.to("cpu").last(), prompts.task.scale
     before = edits.run(model, prompts.batch)
 
@@ -103,7 +102,7 @@ def used(found: Findings, name: str, model: Any, prompts: Prompts, reference: Pr
         return error.double(), (prediction * batch.targets[:, 0] / scale).double()
 
     clean = measures(before)
-    found.rows.add("use", name, "unedited", "error", level(clean[0], classes=classes))
+    found.rows.add("use", name, "unedited", "error", level(clean[0]))
     found.rows.add("use", name, "unedited", "margin", bootstrap(clean[1]))
     planned = edits.interventions(model, prompts, edits.Reference(model, reference), seed)
     for line in edits.lacking(model):
@@ -115,7 +114,7 @@ def used(found: Findings, name: str, model: Any, prompts: Prompts, reference: Pr
         after = edits.run(model, prompts.batch, one.edits)
         error, margin = measures(after)
         group = "control" if one.control else ""
-        found.rows.add("use", name, one.name, "error", level(error, classes=classes), group=group)
+        found.rows.add("use", name, one.name, "error", level(error), group=group)
         found.rows.add("use", name, one.name, "change of error", bootstrap(error - clean[0]), group=group)
         found.rows.add("use", name, one.name, "change of margin", bootstrap(margin - clean[1]), group=group)
         if one.whole is not None:
@@ -132,7 +131,7 @@ def used(found: Findings, name: str, model: Any, prompts: Prompts, reference: Pr
         if bool(some.any()):
             real = prompts.cleaned(some) if label == "outliers" else prompts.contaminated(some)
             error, margin = measures(edits.run(model, real))
-            found.rows.add("use", name, whole, "error", level(error, classes=classes), group="whole")
+            found.rows.add("use", name, whole, "error", level(error), group="whole")
             found.rows.add("use", name, whole, "change of margin", bootstrap(margin - clean[1]), group="whole")
 
 

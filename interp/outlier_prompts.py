@@ -2,9 +2,9 @@
 
 A task with outliers (``truth["outlier"]``; their share is its option ``alpha`` or ``p``) draws the same clean examples
 from the same generator whatever the share is. So every example is there twice: as it is clean (share 0) and as it is
-contaminated (share 1), at the same place and among the same others. An outlier's *twin* is its clean form. Where the task has
-``truth["clean"]``, the input alone is contaminated, and twins keep the label that the example has in the prompt;
-elsewhere the whole example is replaced.
+contaminated (share 1), at the same place and among the same others. An outlier's *twin* is its clean form. Where the
+task has ``truth["clean"]``, the input alone is contaminated, and twins keep the label that the example has in the
+prompt; elsewhere the whole example is replaced.
 
     cleaned        chosen outliers replaced by their twins
     contaminated   chosen clean examples replaced by their contaminated form

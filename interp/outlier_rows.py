@@ -70,9 +70,10 @@ def rate(values: Float[Tensor, "n"] | Float[np.ndarray, "n"], z: float = 1.95996
     return Interval(np.array(p), np.array(max(ends[0], 0.0)), np.array(min(ends[1], 1.0)), n)
 
 
-def level(error: Float[Tensor, "n"], *, classes: bool) -> Interval:
-    """The mean error of prompts with its interval: Wilson's for 0/1 errors, else the bootstrap."""
-    return rate(error.double().numpy()) if classes else bootstrap(error)
+def level(error: Float[Tensor, "n"]) -> Interval:
+    """The mean error of prompts with its interval: Wilson's where every error is 0 or 1, else the bootstrap."""
+    values = error.detach().cpu().double()
+    return rate(values.numpy()) if bool(((values == 0) | (values == 1)).all()) else bootstrap(values)
 
 
 def mean_in(values: Float[Tensor, "batch example"], chosen: Bool[Tensor, "batch example"]) -> Interval | None:

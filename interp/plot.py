@@ -137,16 +137,27 @@ def families(
         handles += [Line2D([], [], color="0.3", linestyle=styles[i % len(STYLES)]) for i in range(len(members))]
         labels += members
     beside, names = axes.get_legend_handles_labels()
-    if handles or beside:
-        axes.legend([*handles, *beside], [*labels, *names], frameon=False, fontsize=7)
     if floor is not None:
         axes.set_yscale("log")
+    if handles or beside:
+        _headroom(axes, 0.085 * -(-len([*handles, *beside]) // 2))
+        legend = ([*handles, *beside], [*labels, *names])
+        axes.legend(*legend, frameon=False, fontsize=7, ncols=2, loc="upper left", borderaxespad=0.2)
+    if floor is not None:
         low, high = axes.get_ylim()
-        few = high < 300 * low
-        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if few else (1.0,)))
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 300 * low else (1.0,)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
     seaborn.despine(ax=axes)
+
+
+def _headroom(axes: Axes, share: float) -> None:
+    """Empty room above the curves, for a legend: that share of the axis."""
+    low, high = axes.get_ylim()
+    if axes.get_yscale() == "log":
+        axes.set_ylim(low, low * (high / low) ** (1 / (1 - share)))
+    else:
+        axes.set_ylim(low, low + (high - low) / (1 - share))
 
 
 def boundary(axes: Axes, x: float, label: str) -> None:

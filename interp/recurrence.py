@@ -193,8 +193,8 @@ def observe(
 
     ``gain`` asks for what is written for each unit of x: write ÷ x, or, where that would be inexact or ``hook_write``
     is edited, what is written in another run with x set to 1 and Δ, B and C held at what they were. ``others`` are
-    further kinds of site that are needed. ``whole=False`` stops the runs after the layer. Raises :class:`BadArgument` where the layer lacks a site, naming it, and for an edit of
-    ``hook_state`` that is not a factor and an offset.
+    further kinds of site that are needed. ``whole=False`` stops the runs after the layer. Raises :class:`BadArgument`
+    where the layer lacks a site, naming it, and for an edit of ``hook_state`` that is not a factor and an offset.
     """
     prefix, mixer = mixer_of(model, layer, others)
     kinds = [name.removeprefix(prefix) for name in model.hook_dict if name.startswith(prefix + "hook_")]

@@ -6,7 +6,8 @@ number of principal components and the same permutations serve every model, so t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,8 @@ SUMS = ("Xty", "XtX")
 SOME, FEW = 4, 16
 """Decays, ranks within a prompt and lengths beyond the trained one are measured on every 4th prompt, derivatives on
 every 16th (at least 8): there the cost is the model's, and the spread between prompts small."""
+CLEAN = 640
+"""At least so many prompts for the error that the card's is compared with: it has a heavy tail."""
 TRIPLE = NDArray[np.float64]
 """Estimate, low end and high end on the last axis."""
 
@@ -105,6 +108,17 @@ def plan(task: Task, prompts: int, *, components: int, permutations: int, reset:
     return Plan(task, batch, more, tuple(ks), swap_k, chosen, components, permutations, reset, seed)
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Inside the block torch works on one thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 @dataclass(frozen=True)
 class Reading:
     """R² of one target by layer and number of examples k: (layer, k, 3), NaN where it was not asked.
@@ -122,7 +136,7 @@ class Reading:
 class Study:
     """What was found of one model; axes: layer, number of examples k (``Plan.ks``), prompt.
 
-    error        of each prompt and example that is reported; ``long_error`` of the longer prompts
+    error        of CLEAN prompts of their own, each example that is reported; ``long_error`` of the longer prompts
     rows         rows[layer] (n, few): the states after ``Plan.middle`` examples, in coordinates of equal products
     reading      by target
     by_count     R² of the first target, after ``last`` examples, at its best layer, by number of components
@@ -136,7 +150,7 @@ class Study:
     """
 
     name: str
-    error: Float[Tensor, "n asked"]
+    error: Float[Tensor, "clean asked"]
     long_error: Float[Tensor, "some longer"]
     rows: list[Tensor]
     reading: dict[str, Reading]
@@ -174,7 +188,7 @@ def study(name: str, model: Any, untrained: Any, asked: Plan) -> Study:
     where = [states.query(asked.longer, k) - 1 for k in range(1, asked.longer.y.shape[1])]
     return Study(
         name=name,
-        error=evaluate.errors(model, task, batch=batch, query_only=task.query_only),
+        error=evaluate.errors(model, task, n=max(CLEAN, len(batch)), seed=asked.seed, query_only=task.query_only),
         long_error=evaluate.errors(model, task, batch=asked.longer),
         rows=[layer[asked.middle, False] for layer in held.rows],
         reading=reading,

@@ -91,6 +91,11 @@ class S4Mixer(nn.Module):
         """Mixer output, and the state after the last position if ``return_state``."""
         return around(self, self._scan, r, state, return_state)
 
+    def read(self, states: Float[Tensor, "batch pos d_inner re_im"]) -> Inner:
+        """y = 2 Re(C h) of ``hook_state``'s tensor: linear in the states, C being a weight."""
+        with torch.autocast(states.device.type, enabled=False):
+            return einsum(states, pair(self._read(states.dtype)), "batch pos d_inner n, d_inner n -> batch pos d_inner")
+
     def system(self, dtype: torch.dtype) -> dplr.System:
         """Λ, P and B of every channel, complex, computed in ``dtype`` (real)."""
         diagonal = torch.complex(-torch.exp(self.log_A_real.to(dtype)), self.A_imag.to(dtype))
@@ -128,7 +133,7 @@ class S4Mixer(nn.Module):
         # What is returned as state is h itself; a raw hook on hook_state changes one read-out and no more.
         h_last = states[:, -1].clone()
         read = emit(self.hook_state, states, shared=states.requires_grad)
-        return einsum(read, pair(self._read(x.dtype)), "batch pos d_inner n, d_inner n -> batch pos d_inner"), h_last
+        return self.read(read), h_last
 
     def _convolve(
         self, x: Inner, forgets: Tensor, writes: Tensor, system: dplr.System, h0: Pair | None, return_state: bool

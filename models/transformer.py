@@ -54,7 +54,7 @@ POINTS: dict[str, str] = {
     "attn.hook_z": "attn.o.hook_in",
     "attn.o.hook_out": "attn.o.hook_out",
     "hook_attn_out": "attn.hook_out",
-    "hook_resid_mid": "ln2.hook_in",
+    "ln2.hook_in": "ln2.hook_in",  # what the bridge also calls hook_resid_mid; an edit reaches the MLP's branch alone
     "ln2.hook_scale": "ln2.hook_scale",
     "ln2.hook_normalized": "ln2.hook_normalized",
     "ln2.hook_out": "ln2.hook_out",

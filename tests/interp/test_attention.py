@@ -33,6 +33,7 @@ from tests.interp.recurrences import (
 )
 
 PARTS = ["scan", "taps", "gate", ("taps", "gate")]
+WHERE = [*(("mamba", inside) for inside in PARTS), ("lti", ("taps", "gate")), ("s4d", "scan"), ("linear", "scan")]
 
 
 def recorded(model: Any, x: Tensor, layer: int = 1, edits: Any = None, **options: Any) -> dict[str, Tensor]:
@@ -108,11 +109,8 @@ def test_every_length_and_a_batch_of_one(variant: str, batch: int, length: int) 
 
 
 @pytest.mark.law
-@pytest.mark.parametrize("variant", ["mamba", "s4d", "linear"])
-@pytest.mark.parametrize("inside", PARTS)
+@pytest.mark.parametrize(("variant", "inside"), WHERE)
 def test_chosen_rows_and_channels_are_those_of_the_whole(variant: str, inside: Any, monkeypatch: Any) -> None:
-    if variant != "mamba" and inside != "scan":
-        inside = "scan"
     model, x = build(variant), prompts(2, 70)
     monkeypatch.setattr(recurrence, "TILE", 16)  # several tiles, and a short one
     edits = {MIXER + "hook_state": hooks.add(0.3, pos=[1, 20])}
@@ -148,11 +146,8 @@ def test_heads_pick_all_of_their_channels() -> None:
 
 
 @pytest.mark.law
-@pytest.mark.parametrize("variant", ["mamba", "lti", "s4d", "linear"])
-@pytest.mark.parametrize("inside", PARTS)
+@pytest.mark.parametrize(("variant", "inside"), WHERE)
 def test_a_state_from_before_has_the_share_of_its_tokens(variant: str, inside: Any) -> None:
-    if variant in ("s4d", "linear") and inside != "scan":
-        inside = "scan"
     model, x, cut = build(variant), prompts(2, 12), 5
     whole = matrix(model, x, 1, inside=inside)
     _, state = model(x[:, :cut], return_state=True)

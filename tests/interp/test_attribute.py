@@ -220,7 +220,7 @@ def test_a_run_that_goes_on_from_a_state_can_be_integrated(x: Tensor) -> None:
 
 
 @pytest.mark.law
-@pytest.mark.parametrize("name", ["blocks.1.attn.hook_z", "blocks.0.attn.hook_pattern", "blocks.0.hook_resid_mid"])
+@pytest.mark.parametrize("name", ["blocks.1.attn.hook_z", "blocks.0.attn.hook_pattern", "blocks.0.ln2.hook_in"])
 def test_a_transformers_sites(name: str, x: Tensor) -> None:
     model = models.build("transformer", d_model=8, n_layers=2, n_heads=2, d_in=5, d_out=1).double().eval()
     values, slopes = attribute.gradients(model, x, name, last)

@@ -25,18 +25,8 @@ def make(variant: str) -> Any:
     if variant == "linear_attention":
         return models.build(variant, **SHAPE, n_heads=2, d_conv=3).double().eval()
     if variant == "s4":
-        return with_read_out(models.build(variant, **SHAPE, d_state=3).double().eval())
+        return models.build(variant, **SHAPE, d_state=3).double().eval()
     return build(variant)
-
-
-def with_read_out(model: Any) -> Any:
-    """An S4 whose mixers say how they read their states, if they do not yet."""
-    for block in model.blocks:
-        if not hasattr(block.mixer, "read"):
-            C = torch.view_as_complex(block.mixer.C.detach())
-            weight = 2 * torch.cat([C.real, -C.imag], dim=-1)
-            block.mixer.read = lambda states, weight=weight: torch.einsum("bldn,dn->bld", states, weight)
-    return model
 
 
 def states_of(model: Any, layer: int, x: Tensor) -> dict[str, Tensor]:
