@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from interp.outlier_parts import Findings
     from interp.result import Check, Result
     from interp.tasks import Batch, Task
-    from models import Stack
+    from models import Root
 
 QUICK = 64
 KNOCKED = 64
@@ -83,17 +83,17 @@ class Subjects:
     """The model that is looked into, those that are compared (itself among them), and the task as it was trained."""
 
     name: str
-    models: Mapping[str, Stack]
+    models: Mapping[str, Root]
     task: Task
     """With the options of the command line."""
     trained: Task
     """As the cards say."""
 
     @property
-    def model(self) -> Stack:
+    def model(self) -> Root:
         return self.models[self.name]
 
-    def measured(self) -> dict[str, Stack]:
+    def measured(self) -> dict[str, Root]:
         """The models with a card."""
         return {name: model for name, model in self.models.items() if model.card}
 
@@ -218,7 +218,7 @@ def _theory(task: Task) -> dict[str, Any]:
     return {}
 
 
-def _untrained(subjects: Subjects, config: Config) -> Stack:
+def _untrained(subjects: Subjects, config: Config) -> Root:
     import torch
 
     import models
@@ -298,7 +298,7 @@ def _classes(batch: Batch) -> bool:
     return "same" in batch.truth
 
 
-def _checks(found: Findings, subjects: Subjects, untrained: Stack, count: int, seed: int) -> list[Check]:
+def _checks(found: Findings, subjects: Subjects, untrained: Root, count: int, seed: int) -> list[Check]:
     """What must hold for the numbers to mean anything."""
     from interp import evaluate
     from interp.outlier_edits import run as predict
@@ -336,7 +336,7 @@ def _checks(found: Findings, subjects: Subjects, untrained: Stack, count: int, s
     return checks
 
 
-def _exposed(model: Stack, batch: Batch) -> Tensor | None:
+def _exposed(model: Root, batch: Batch) -> Tensor | None:
     """The predictions with the scan sites formed; None where the model has no scan."""
     import hooks
     from interp.outlier_edits import run as predict

@@ -153,9 +153,10 @@ def _subject(config: Config) -> Subject:
             f"{name} reads tokens of {model.cfg.d_in} numbers and this task has {task.d_token}; "
             f"it was trained on {model.card['task_config']}"
         )
-    if getattr(task, "alpha", None) is not None:
+    alpha = getattr(task, "alpha", None)
+    if alpha is not None:
         raise BadArgument(
-            f"alpha={task.alpha}: the lens asks several queries after one context, and a fixed share of outliers would "
+            f"alpha={alpha}: the lens asks several queries after one context, and a fixed share of outliers would "
             "be counted over both; leave alpha out (p_a contaminates each example by itself)"
         )
     k = task.n_pairs - 1 if config.k is None else whole_number("k", config.k, 1)
@@ -257,7 +258,7 @@ def plot(result: Result) -> Figure:
 
     arrays, config = result.arrays, result.config
     blocks = np.arange(arrays["lens_fitted"].shape[1])
-    figure, panels = draw.grid([(1.2, 0.9, 1.1), (0.9, 0.9, 1.15, 1.1)], heights=(3.8, 4.2), width=15.0)
+    figure, panels = draw.grid([(1.2, 0.9, 1.1), (0.85, 0.85, 1.15, 1.05)], heights=(3.8, 4.2), width=16.0)
     _draw_lens(panels[0], arrays, blocks, draw)
     draw.curves(panels[1], blocks, {"scale a": tuple(arrays["scale"]), "shift b": tuple(arrays["shift"])}, floor=None)
     draw.baseline(panels[1], blocks, np.ones(len(blocks)), "no scaling, no shift", floor=None, style=1)
@@ -286,8 +287,9 @@ def plot(result: Result) -> Figure:
         panel.set_xlabel("block" if panel is panels[2] else "block (0: before the first)")
     for panel in panels[:3]:
         panel.legend(frameon=False, fontsize=7)
-    # Residual and state share their lines, so one legend does for both.
-    panels[3].legend(frameon=False, fontsize=6.5)
+    # Residual and state share their lines, so one legend does for both; it stands at the one that is there.
+    shown = panels[4] if panels[4].lines else panels[3]
+    shown.legend(frameon=False, fontsize=6.5, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     if "match" in arrays:
         panels[5].legend(frameon=False, fontsize=6.5, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     panels[0].set_ylabel(str(arrays["metric"]))
@@ -299,13 +301,13 @@ def plot(result: Result) -> Figure:
         fontsize=7.5,
         color="0.35",
     )
-    return figure
+    return draw.settle(figure)
 
 
 def _draw_lens(axes: Any, arrays: Mapping[str, Any], blocks: np.ndarray, draw: Any) -> None:
     import numpy as np
 
-    floor = max(1e-5, 0.3 * float(arrays["lens_fitted"].min()))
+    floor = max(1e-4, 0.3 * min(float(arrays["lens_fitted"].min()), float(arrays["lens_raw"].min())))
     named = {
         "as the model says it": "lens_raw",
         "untrained weights": "lens_untrained",
@@ -318,7 +320,8 @@ def _draw_lens(axes: Any, arrays: Mapping[str, Any], blocks: np.ndarray, draw: A
     draw.baseline(axes, blocks, level, "knows nothing (formula)", floor=floor)
     for style, (name, key) in enumerate({"GD, a step a block": "descent_gd", "GD++": "descent_gdpp"}.items(), start=2):
         if key in arrays:
-            draw.baseline(axes, blocks, arrays[key], name, floor=floor, style=style)
+            seen = np.where(arrays[key] >= floor, arrays[key], np.nan)
+            draw.baseline(axes, blocks, seen, name, floor=floor, style=style)
 
 
 def _draw_probes(axes: Any, arrays: Mapping[str, Any], features: str, draw: Any) -> None:

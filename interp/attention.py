@@ -187,7 +187,8 @@ def _values(seen: Recurrence, columns: Tensor, queries: Tensor) -> tuple[Tensor,
             values[:, here], start[:, here], put[:, here] = (torch.stack(part, 2) for part in zip(*found, strict=True))
             continue
         whole = values[:, here] if direct else values.new_zeros(batch, init.shape[1], size, size)
-        reach = tree(*(_by_channel(part, size) for part in (decay, gain, row)), whole)[:, :, :length]
+        by_channel = [_by_channel(part, size) for part in (decay, gain, row)]
+        reach = tree(by_channel[0], by_channel[1], by_channel[2], whole)[:, :, :length]
         if not direct:
             values[:, here] = whole[:, :, queries, :length]
         start[:, here] = real((reach * init[:, :, None]).sum(-1))[..., queries]

@@ -170,7 +170,7 @@ def _each(values: Float[Tensor, "block batch"], median: bool = False) -> list[In
 def _apart(interval: Interval) -> list[Interval]:
     """One interval for each entry."""
     ends = zip(interval.mean, interval.low, interval.high, strict=True)
-    return [Interval(*(np.asarray(end) for end in three), n=interval.n) for three in ends]
+    return [Interval(np.asarray(mean), np.asarray(low), np.asarray(high), interval.n) for mean, low, high in ends]
 
 
 def _stack(intervals: list[Interval]) -> Float[np.ndarray, "3 entry"]:

@@ -74,8 +74,8 @@ def candidates(batch: Batch, steps: int = STEPS) -> Candidates:
         rows += [(family, ", ".join(filter(None, (setting, _steps(t)))), t, path[t]) for t in range(1, steps + 1)]
     rows += [("ridge", f"α = {alpha:g}", -1, estimators.ridge(alpha)(pairs)) for alpha in PENALTIES]
     rows.append(("least squares", "", -1, estimators.ols()(pairs)))
-    family, setting, step, prediction = zip(*rows, strict=True)
-    return Candidates(family, setting, step, torch.stack(prediction))
+    families, settings, taken, predictions = zip(*rows, strict=True)
+    return Candidates(families, settings, taken, torch.stack(predictions))
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The figure of an outlier analysis, drawn from its result alone; a panel without numbers holds a line that says why."""
+"""The figure of an outlier analysis, drawn from its result alone; a panel without numbers says why in a line."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ def level(error: Float[Tensor, "n"]) -> Interval:
 
 
 def mean_in(values: Float[Tensor, "batch example"], chosen: Bool[Tensor, "batch example"]) -> Interval | None:
-    """The mean of ``values`` over the ``chosen`` examples, bootstrap over prompts; None where too few prompts have any."""
+    """The mean of ``values`` over the ``chosen`` examples, bootstrap over prompts; None if too few prompts have any."""
     if int(chosen.any(1).sum()) < ENOUGH:
         return None
     return ratio((values.double() * chosen).sum(1), chosen.double().sum(1))

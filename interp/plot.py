@@ -69,6 +69,15 @@ def grid(rows: Sequence[Sequence[float]], heights: Sequence[float], width: float
     return figure, panels
 
 
+def settle(figure: Figure) -> Figure:
+    """``figure`` with its layout computed now and then left alone: it takes as long as drawing does, and a figure is
+    drawn once for each format that it is saved in.
+    """
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    return figure
+
+
 def curves(
     axes: Axes,
     x: Num[np.ndarray, "k"],

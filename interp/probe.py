@@ -105,7 +105,8 @@ def ridge(
     copies = np.concatenate([y for y in truth.values()] + [y[order] for order in orders for y in truth.values()], -1)
     width = sum(columns.values())
 
-    fitted = _Ridge(reduce(x, parts, components), copies, parts)
+    reduced, axes = _reduced(x, parts, components)
+    fitted = _Ridge(reduced, copies, parts)
     beside = {"untrained": untrained, "running_sum": running_sum}
     others = {
         control: _Ridge(reduce(_like(given, x), parts, components), copies[..., :width], parts)
@@ -118,7 +119,7 @@ def ridge(
         again = [slice(first + start, first + start + count) for first in range(width, width * (shuffles + 1), width)]
         controls = {"shuffled": _r_squared(name, fitted, again)}
         controls |= {control: _r_squared(name, other, [own]) for control, other in others.items()}
-        direction = fitted.direction(own) if components is None else _through(x, parts, components, fitted, own)
+        direction = fitted.direction(own) if axes is None else fitted.direction(own) @ axes
         score = _r_squared(name, fitted, [own])
         found[name] = Probe("R²", score, controls, 0.0, direction, fitted.penalty[own])
         start += count
@@ -144,7 +145,7 @@ def logistic(
     whole_number("shuffles", shuffles, least=1)
     x, y = _rows(features, "the features"), _target(target, features, "the target")
     parts = _split_of(x, {"the target": y}, split, seed)
-    reduced = reduce(x, parts, components)
+    reduced, axes = _reduced(x, parts, components)
     classes, counts = np.unique(y[parts.train], return_counts=True)
     if len(classes) < 2:
         raise BadArgument(f"all training prompts have the class {classes[0]:g}; a probe needs two")
@@ -157,8 +158,8 @@ def logistic(
             controls[control] = bootstrap(_fit_classes(reduce(_like(given, x), parts, components), y, parts)[1])
     chance = float((y[parts.test] == classes[counts.argmax()]).mean())
     line = pipeline[-1].coef_ / pipeline[0].scale_
-    if components is not None:
-        line = line @ _basis(x, parts, components)
+    if axes is not None:
+        line = line @ axes
     return Probe("accuracy", bootstrap(right), controls, chance, line, np.array([penalty]))
 
 
@@ -168,18 +169,22 @@ def reduce(features: Array, parts: Split, components: int | None) -> Rows:
     Features that already have no more than ``components`` columns, or None, are returned as they are: sets of features
     of different size are compared on equal numbers of components.
     """
-    x = _rows(features, "the features")
+    return _reduced(_rows(features, "the features"), parts, components)[0]
+
+
+def _reduced(x: Rows, parts: Split, components: int | None) -> tuple[Rows, NDArray[np.float64] | None]:
+    """``reduce`` of ``x``, and the axes (component, feature), None where nothing was reduced."""
     if components is None or x.shape[-1] <= whole_number("components", components, least=1):
-        return x
-    centre = x[parts.train].reshape(-1, x.shape[-1]).mean(0)
-    return np.asarray((x - centre) @ _basis(x, parts, components).T)
+        return x, None
+    axes = _axes(x, parts, components)
+    return np.asarray((x - x[parts.train].mean((0, 1))) @ axes.T), axes
 
 
 class _Ridge:
     """Standardised ridge of all columns of ``y`` at once, each with its own penalty; squares on the test prompts.
 
-    Equal to scikit-learn's ``Ridge`` at each penalty (a test). By one singular value decomposition for each fold, which
-    serves every column at every penalty: hundreds of probes, one for each block and target, take a second.
+    Equal to scikit-learn's ``Ridge`` at each penalty (a test). One decomposition for each fold serves every column at
+    every penalty: hundreds of probes, one for each block and target, take a second and not a minute.
     """
 
     def __init__(self, x: Rows, y: Rows, parts: Split) -> None:
@@ -209,16 +214,22 @@ class _Ridge:
 
 
 class _Decomposed:
-    """The centred rows x = U diag(s) Vᵀ: ridge at any penalty is V diag(s / (s² + α)) Uᵀ y."""
+    """Eigenvectors of xᵀx of the centred rows: ridge at any penalty is V diag(1 / (λ + α)) Vᵀ xᵀ y."""
 
     def __init__(self, x: NDArray[np.float64], y: NDArray[np.float64]) -> None:
         self.centre, self.middle = x.mean(0), y.mean(0)
-        u, self.s, self.v = np.linalg.svd(x - self.centre, full_matrices=False)
-        self.along = u.T @ (y - self.middle)
+        x, y = x - self.centre, y - self.middle
+        if x.shape[1] <= x.shape[0]:
+            values, self.vectors = np.linalg.eigh(x.T @ x)
+            self.values = np.maximum(values, 0)
+            self.along = self.vectors.T @ (x.T @ y)
+        else:
+            u, s, v = np.linalg.svd(x, full_matrices=False)
+            self.values, self.vectors, self.along = s**2, v.T, s[:, None] * (u.T @ y)
 
     def solve(self, penalty: float | NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Weights (feature, column) and intercepts (column); one penalty, or one for each column."""
-        weights = self.v.T @ (self.s[:, None] / (self.s[:, None] ** 2 + penalty) * self.along)
+        weights = self.vectors @ (self.along / (self.values[:, None] + penalty))
         return weights, self.middle - self.centre @ weights
 
 
@@ -252,13 +263,7 @@ def _fit_classes(x: Rows, y: Rows, parts: Split) -> tuple[Any, NDArray[np.float6
     return search.best_estimator_, right, 1 / search.best_params_["logisticregression__C"]
 
 
-def _through(x: Rows, parts: Split, components: int, fitted: _Ridge, own: slice) -> NDArray[np.float64]:
-    """A direction among components as one among features."""
-    line = fitted.direction(own)
-    return line if line.shape[-1] == x.shape[-1] else line @ _basis(x, parts, components)
-
-
-def _basis(x: Rows, parts: Split, components: int) -> NDArray[np.float64]:
+def _axes(x: Rows, parts: Split, components: int) -> NDArray[np.float64]:
     """(component, feature): the training prompts' first principal axes, of unit length.
 
     By the smaller of the two products of the centred features with themselves: a state has many more entries than

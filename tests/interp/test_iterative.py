@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -155,7 +156,7 @@ def test_newton_doubles_its_digits_at_each_step_and_descent_does_not() -> None:
     one = iterative.Spectrum(spectrum.values, weak)
     goal = one.predict(torch.zeros(1, 2, 12, 2, dtype=torch.float64))[0]
     newton = (1 - iterative.newton_path(x, y, 12, spectrum=one) / goal)[:, :, 6:]
-    for before, after in zip(newton[:-1], newton[1:], strict=True):
+    for before, after in pairwise(newton):
         torch.testing.assert_close(after, before.square(), rtol=1e-6, atol=1e-12)
     descent = (1 - iterative.gd_path(x, y, 3, spectrum=one) / goal)[:, :, 6:]
     torch.testing.assert_close(descent[3] / descent[2], descent[1], rtol=1e-6, atol=1e-9)
