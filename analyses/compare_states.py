@@ -249,6 +249,9 @@ def plot(result: Result) -> Figure:
     draw.families(layers, by_layer, floor=None)
     _axis(layers, "layer", f"R² of {target} at k = {last}")
 
+    for panel in (reads, layers):
+        panel.set_yticks([0.0, 0.25, 0.5, 0.75, 1.0])
+
     value, _, _, _, family = arrays["cka_0_1"]
     rows, columns = ([str(layer) for layer in range(size)] for size in value.shape)
     label = f"debiased CKA at k = {int(arrays['middle'])}"
@@ -318,6 +321,7 @@ def plot(result: Result) -> Figure:
         fontsize=7.5,
         color="0.35",
     )
+    draw.settle(figure)
     return figure
 
 

@@ -84,8 +84,8 @@ def survival(
     With ``base`` (what was written) divided by it: the share that is left. Without, relative to the newest example.
     Tokens before the first whole example are left out.
     """
-    top = _by_example(energy, stride)
-    return top / (_by_example(base, stride) if base is not None else top[..., :1]).clamp(min=1e-300)
+    top = _by_example(energy.double(), stride)
+    return top / (_by_example(base.double(), stride) if base is not None else top[..., :1]).clamp(min=1e-300)
 
 
 def _by_example(energy: Tensor, stride: int) -> Tensor:

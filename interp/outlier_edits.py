@@ -38,6 +38,7 @@ GATES = {"Δ": "hook_delta", "output gate": "hook_gate"}
 ROLES = {"Δ, writing": "hook_delta_write", "Δ, forgetting": "hook_delta_decay"}
 SIGNALS = {"Δ": ("hook_delta",), "output gate": ("hook_gate",), "x": ("hook_x",), "B and C": ("hook_B", "hook_C")}
 NOTHING = "nothing (identity)"
+FROM_TWINS = " of outliers := twin's"
 Edits = Mapping[str, Any]
 
 
@@ -171,7 +172,7 @@ def _from_twins(model: Any, prompts: Prompts, twins: Batch) -> list[Intervention
         return {site: put(at, (theirs if site.rsplit(".", 1)[-1] in kinds else own)[site]) for site in own}
 
     groups = {label: (label,) for label in have} | ({", ".join(have): tuple(have)} if len(have) > 1 else {})
-    return [Intervention(f"{name} of outliers := twin's", exchanged(labels), twins) for name, labels in groups.items()]
+    return [Intervention(f"{name}{FROM_TWINS}", exchanged(labels), twins) for name, labels in groups.items()]
 
 
 def _knock_outs(model: Any, prompts: Prompts, examples: Examples, label: str, control: bool) -> list[Intervention]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from interp import plot as draw
+from interp.outlier_edits import FROM_TWINS
 from interp.outlier_factors import FACTORS
 from interp.outlier_parts import GATED
 from interp.result import Result
@@ -25,12 +26,10 @@ BASELINES = {
 }
 """Baselines that are drawn, with their names in the figure."""
 PLACES = ("far", "random", "close")
-_TITLED = {
-    "with their Δ": "Δ of outliers := twin's",
-    "with their output gate": "output gate of outliers := twin's",
-    "with their x": "x of outliers := twin's",
-    "with all": "Δ, output gate, x, B and C of outliers := twin's",
-}
+TOLERATED = 0.1
+"""The title speaks of the largest α up to which no interval of the error lies above this."""
+FLOOR = 1e-4
+"""Below this a squared error is not told apart."""
 
 
 def figure(result: Result) -> Figure:
@@ -58,17 +57,19 @@ def _curve(axes: Axes, result: Result) -> str:
     if rows.empty:
         return "no shares were asked for"
     lines: dict[str, Any] = {}
+    floor = None if _classes_of(result) else FLOOR
     for name in [*result.config["models"], *(b for b in BASELINES if b in set(rows.model))]:
         one = rows[rows.model == name].sort_values("alpha")
         line = (np.array(one.alpha), tuple(np.array(one[column]) for column in ("value", "low", "high")))
         if name in BASELINES:
-            draw.baseline(axes, line[0], line[1][0], BASELINES[name], floor=None, style=list(BASELINES).index(name))
+            draw.baseline(axes, line[0], line[1][0], BASELINES[name], floor=floor, style=list(BASELINES).index(name))
         else:
             lines[name] = line[1]
-    draw.curves(axes, np.sort(rows.alpha.unique()), lines, floor=None)
+    draw.curves(axes, np.sort(rows.alpha.unique()), lines, floor=floor)
     axes.set_xlabel("share α of outliers in the context" + (f" ({_rule(result)})" if _classes_of(result) else ""))
     axes.set_ylabel("error at the clean query")
-    axes.set_ylim(-0.02, 1.02) if _classes_of(result) else axes.set_yscale("log")
+    if _classes_of(result):
+        axes.set_ylim(-0.02, 1.02)
     axes.legend(frameon=False, fontsize=6.5, loc="upper left")
     return ""
 
@@ -197,19 +198,22 @@ def _title(result: Result) -> str:
     parts = []
     own = curve[curve.model == name].sort_values("alpha")
     if len(own):
-        worst = own.iloc[-1]
-        for _, row in own.iterrows():
-            worst = row if row.low <= 0.1 else worst
-            if row.low > 0.1:
-                break
+        held = own[(own.low <= TOLERATED).cumprod().astype(bool)]
+        worst = held.iloc[-1] if len(held) else own.iloc[0]
         parts.append(
             f"{name}: error {worst.value:.2f} [{worst.low:.2f}, {worst.high:.2f}] with {worst.alpha:.0%} "
             f"of the context contaminated{_beside(curve, worst.alpha)}"
         )
-    use = table[(table.part == "use") & (table.model == name) & (table.quantity == "recovery")].set_index("condition")
-    shown = [f"{label} {use.value[key]:.2f}" for label, key in _TITLED.items() if key in use.index]
+    use = table[(table.part == "use") & (table.model == name) & (table.quantity == "recovery")]
+    shown = [
+        f"{condition.removesuffix(FROM_TWINS).replace(', ', ' + ')} {value:.2f}".replace("-0.00", "0.00")
+        for condition, value in zip(use.condition, use.value, strict=True)
+        if condition.endswith(FROM_TWINS)
+    ]
     if shown:
-        parts.append(f"share of the clean twins' effect that comes back: {', '.join(shown)}")
+        parts.append(
+            f"put at their clean twins' values, the outliers recover this share of the twins' effect: {', '.join(shown)}"
+        )
     return ";\n".join(parts) or name
 
 

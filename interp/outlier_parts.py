@@ -108,7 +108,8 @@ def used(found: Findings, name: str, model: Any, prompts: Prompts, reference: Pr
     for line in edits.lacking(model):
         found.rows.skip(name, line)
     if not planned:
-        found.rows.skip(name, "interventions: these prompts have no outliers, or the model has none of the sites")
+        why = "the model has none of their sites" if bool(prompts.outlier.any()) else "these prompts have no outliers"
+        found.rows.skip(name, f"interventions: {why}")
     wholes: dict[int, Tensor] = {}
     for one in planned:
         after = edits.run(model, prompts.batch, one.edits)

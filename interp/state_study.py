@@ -201,7 +201,8 @@ def study(name: str, model: Any, untrained: Any, asked: Plan) -> Study:
         resets=None
         if forgets is None
         else resets(forgets.slow, batch.kinds[: before + 1], asked.reset, asked.permutations, asked.seed),
-        reach=states.reach(model, few, before, seed=asked.seed),
+        # Up to t: the query after it reaches nothing, and would shift the examples by a token.
+        reach=states.reach(model, few, before, seed=asked.seed)[..., : before + 1],
         reach_gap=states.reach_gap(model, few[:4], before, seed=asked.seed),
         norms=states.norms(model, asked.longer.tokens)[..., where],
         **_swaps(model, asked),
@@ -246,10 +247,13 @@ def _read(held: _Held, fresh: _Held, asked: Plan) -> tuple[dict[str, Reading], d
                 for name, one in found.items():
                     blank[name][0, layer, j] = _triple(one.score)
                     blank[name][1, layer, j] = _triple(one.controls["shuffled"])
-                    if plain is not None:
+                    if plain is not None and name in plain:
                         blank[name][2, layer, j] = _triple(plain[name].score)
-                    blank[name][3, layer, j] = _triple(sums[name].score)
+                    if name in sums:
+                        blank[name][3, layer, j] = _triple(sums[name].score)
     reading = {name: Reading(v[0], v[1], v[2], v[3, 0]) for name, v in blank.items() if np.isfinite(v[0]).any()}
+    if not reading:
+        raise BadArgument("none of the task's variables differs enough between these prompts to be read: give more")
     first = next(iter(reading))
     best = int(np.nanargmax(reading[first].score[:, -1, 0]))
     rows, goal = held.rows[best][asked.last, False], _at(targets, asked.last, False, asked)
@@ -260,9 +264,21 @@ def _read(held: _Held, fresh: _Held, asked: Plan) -> tuple[dict[str, Reading], d
 
 
 def _probe(rows: Tensor, goal: Mapping[str, Tensor], asked: Plan, components: int) -> dict[str, probe.Probe]:
+    """Probes by target, without those of too little spread among few prompts for R² to have an interval."""
     # Reduced once: the probe would do it again for every control.
     few = probe.reduce(rows, asked.split, components)[:, 0]
-    return probe.ridge(few, goal, untrained=None, running_sum=None, split=asked.split, shuffles=1, seed=asked.seed)
+    found = {}
+    for names in [list(goal), *([name] for name in goal)]:
+        chosen = {name: goal[name] for name in names if name not in found}
+        try:
+            found |= probe.ridge(
+                few, chosen, untrained=None, running_sum=None, split=asked.split, shuffles=1, seed=asked.seed
+            )
+        except BadArgument:
+            continue  # all targets together, else each alone
+        if len(found) == len(goal):
+            break
+    return found
 
 
 def _at(targets: Mapping[str, Tensor], k: int, inside: bool, asked: Plan) -> dict[str, Tensor]:

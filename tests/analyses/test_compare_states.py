@@ -128,6 +128,13 @@ def test_numbers_are_those_of_runs_made_by_hand(result: Result, config: compare_
     row = own[(own.quantity == "left of a write") & (own.layer == "0") & (own["at"] == "age=1")].iloc[0]
     assert row.value == pytest.approx(expected, rel=1e-4)
 
+    # The newest example's tokens are the last two before the query, and so on back to the first two.
+    energy = states.reach(model, batch.tokens[:8], end)[1, :, : end + 1].double()
+    ages = torch.stack([energy[:, s] + energy[:, s + 1] for s in range(end - 1, -1, -2)], dim=1)
+    expected_ages = (ages / ages.mean(1, keepdim=True)).mean(0).sqrt()
+    rows = own[(own.quantity == "derivative by an example, of its mean") & (own.layer == "1")]
+    np.testing.assert_allclose(rows.value.to_numpy(), expected_ages.numpy(), rtol=1e-4)
+
 
 @pytest.mark.contract
 @pytest.mark.parametrize(
@@ -166,6 +173,32 @@ def test_a_model_without_states_is_refused_with_the_sites_it_lacks(
     monkeypatch.setattr(states, "missing", lambda model, kinds: [kind for kind in kinds if kind == "hook_state"])
     with pytest.raises(BadArgument, match="has no hook_state: the comparison of states needs"):
         compare_states.run(config)
+
+
+@pytest.mark.end_to_end
+def test_joint_tokens_and_a_query_of_its_own(tmp_path: Path) -> None:
+    """One token a pair, prompts that are read at the last token only, a recurrence that never forgets."""
+    task = tasks.build("outliers", d=8, M1=2, M2=2, n_pairs=9)
+    paths = []
+    for architecture, options in (("mamba", {"d_state": 4}), ("linear_attention", {})):
+        torch.manual_seed(0)
+        model = models.build(architecture, d_model=8, n_layers=2, d_in=task.d_token, d_out=1, **options).eval()
+        error = evaluate.errors(model, task, n=256, query_only=True).double()
+        row = {"error": float(error.mean()), "standard_error": float(error.std()) / 16, "n": 256}
+        path = tmp_path / f"{architecture}.safetensors"
+        models.save(model, path, {"task": "outliers", "task_config": task.config, "measured": {"model": {"k=8": row}}})
+        paths.append(str(path))
+    found = compare_states.run(
+        compare_states.Config(task="outliers", models=tuple(paths), prompts=64, components=6, permutations=20)
+    )
+    assert found.ok, [check for check in found.checks if not check.ok]
+    table = found.table
+    assert {"R² of direction", "R² of Xty", "R² of outlier"} <= set(table.quantity)
+    lives = table[(table.model == paths[1]) & table.quantity.str.startswith("half-life")]
+    assert np.isinf(lives.value).all()
+    left = table[(table.model == paths[1]) & (table.quantity == "left of a write")]
+    np.testing.assert_allclose(left.value, 1.0)
+    assert "linear_attention" in compare_states.plot(found).get_suptitle()
 
 
 @pytest.mark.end_to_end

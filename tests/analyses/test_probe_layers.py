@@ -76,7 +76,7 @@ def test_the_figure_is_redrawn_from_disk_with_its_controls(result: Result, tmp_p
     labels = [text.get_text() for text in panels[0].get_legend().get_texts()]
     for control in ("untrained weights", "other labels", "knows nothing (formula)"):
         assert control in labels
-    in_probes = [text.get_text() for text in panels[3].get_legend().get_texts()]
+    in_probes = [text.get_text() for text in panels[4].get_legend().get_texts()]
     assert {"w, shuffled", "w, untrained", "w, from running sums"} <= set(in_probes)
     assert figure.get_suptitle().startswith(str(result.config["model"]))
 

@@ -1,8 +1,8 @@
 """Hidden attention beside TransformerLens', and what one prediction's contributions take at 2048 tokens.
 
 The matrix: one Mamba layer of the 130m shape at 64 tokens, all channels and queries. The rival is what a user of
-TransformerLens calls, a run with its cache and ``compute_effective_attention`` of the layer; it is timed without its run
-as well, which leaves ours with a run and the rival with none. The contributions have no rival elsewhere, so beside
+TransformerLens calls, a run with its cache and ``compute_effective_attention`` of the layer; it is timed without its
+run as well, which leaves ours with a run and the rival with none. The contributions have no rival elsewhere, so beside
 them stands the same by autograd through our own scan. Every row first asserts that both sides found the same numbers.
 Times are printed, not asserted; the memory of the contributions is asserted, in a process of its own.
 """
