@@ -132,7 +132,7 @@ def matrix(
         start, conv_bias, conv_init, put, skip, output = (
             part * gate for part in (start, conv_bias, conv_init, put, skip, output)
         )
-    rebuilt = (values @ source[..., None])[..., 0] + start + conv_bias + conv_init + put
+    rebuilt = (source[:, :, None] @ values.mT)[:, :, 0] + start + conv_bias + conv_init + put
     error = float((rebuilt - output).abs().max())
     largest = float(output.abs().max())
     return Attention(

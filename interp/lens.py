@@ -192,7 +192,7 @@ class Profile:
     """How the error falls over depth: each block's share of the total decrease, and what that allows to be said.
 
     share    of the error's decrease; sums to 1
-    factor   of the decrease of the error's logarithm; sums to 1
+    factor   of the decrease of the error's logarithm; sums to 1, or NaN where an error is 0
     total    error before the first block minus error after the last
     words, log_words   "steady", "stepwise", "flat", "neither steady nor stepwise", or why nothing can be said
     """
@@ -223,10 +223,13 @@ def profile(error: Float[Tensor, "block batch"], n_boot: int = 1000, seed: int =
         raise BadArgument("a profile needs the errors before and after at least one block")
     total = bootstrap(values[:, 0] - values[:, -1], n_boot, seed=seed)
     top = -(-blocks // 4)
+    # A resample's mean can be 0 where the data's is not; half of the smallest mean that could be seen stands for it.
+    tiny = values[values > 0].min() / (2 * len(values)) if (values > 0).any() else 1.0
+    logarithm = bool((values.mean(axis=0) > 0).all())
 
     def parts(sample: NDArray[np.float64]) -> NDArray[np.float64]:
         mean = sample.mean(axis=0)
-        return np.concatenate([_shares(mean), _shares(np.log(np.maximum(mean, 1e-300)))])
+        return np.concatenate([_shares(mean), _shares(np.log(np.maximum(mean, tiny)))])
 
     order = parts(values)
     largest = [np.argsort(-half, kind="stable")[:top] for half in (order[:blocks], order[blocks:])]
@@ -238,6 +241,10 @@ def profile(error: Float[Tensor, "block batch"], n_boot: int = 1000, seed: int =
     found = bootstrap(values, n_boot, seed=seed, statistic=statistic)
     share, factor = (_part(found, slice(i * blocks, (i + 1) * blocks)) for i in (0, 1))
     words = [_words(part, float(found.low[2 * blocks + i]), total, blocks) for i, part in enumerate((share, factor))]
+    if not logarithm:
+        none = np.full(blocks, np.nan)
+        factor = Interval(none, none, none, found.n, found.level)
+        words[1] = "an error of 0 has no logarithm"
     return Profile(share, factor, total, *words)
 
 

@@ -57,9 +57,9 @@ States = Float[Tensor, "batch pos d_inner n"]
 class Factors:
     """What one run's contributions through one layer are made of, in double precision."""
 
-    key: Float[Tensor, "batch pos channel n"]
+    key: Float[Tensor, "batch pos #d_inner n"]
     """B, with a channel axis of 1 where all channels share it."""
-    query: Float[Tensor, "batch pos channel n"]
+    query: Float[Tensor, "batch pos d_inner n"]
     """C."""
     write: Inner
     value: Inner
@@ -70,7 +70,7 @@ class Factors:
     error: float
     """The largest |write · B · x − what the run wrote|, relative to the largest of the latter."""
 
-    def reach(self) -> States:
+    def reach(self) -> Float[Tensor, "batch pos d_inner n"]:
         """λ_s = Σ_{t ≥ s} g_t gate_t C_t ∏_{s<r≤t} decay_r: what a unit in the state after s is worth."""
         seeds = (self.gradient * self.gate)[..., None] * self.query
         found = [seeds[:, -1]]

@@ -70,6 +70,8 @@ def _curve(axes: Axes, result: Result) -> str:
     axes.set_ylabel("error at the clean query")
     if _classes_of(result):
         axes.set_ylim(-0.02, 1.02)
+    elif lines:  # least squares on outliers can be off by any factor
+        axes.set_ylim(FLOOR, 10 * max(float(np.nanmax(line[2])) for line in lines.values()))
     axes.legend(frameon=False, fontsize=6.5, loc="upper left")
     return ""
 
@@ -155,7 +157,8 @@ def _uses(axes: Axes, result: Result) -> str:
     draw.dots(axes, [f"({name})" if name in controls else name for name in names], groups, zero=0.0)
     axes.tick_params(axis="y", labelsize=6.5)
     margin = result.table[(result.table.model == models[0]) & (result.table.quantity == "margin")].value.iloc[0]
-    axes.set_xlabel(f"change of the margin (unedited: {margin:.2f}); controls in brackets")
+    what = "margin" if _classes_of(result) else "prediction × target ÷ E[y²]"
+    axes.set_xlabel(f"change of the {what} (unedited: {margin:.2f}); controls in brackets")
     axes.legend(frameon=False, fontsize=7)
     return ""
 
@@ -212,7 +215,7 @@ def _title(result: Result) -> str:
     ]
     if shown:
         parts.append(
-            f"put at their clean twins' values, the outliers recover this share of the twins' effect: {', '.join(shown)}"
+            f"outliers put at their clean twins' values recover this share of the twins' effect: {', '.join(shown)}"
         )
     return ";\n".join(parts) or name
 

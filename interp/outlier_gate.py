@@ -91,7 +91,8 @@ def clock(
         return solution[1:]
 
     found = bootstrap(moments, n_boot=n_boot, seed=seed, statistic=slopes)
-    ends = {term: Interval(found.mean[i], found.low[i], found.high[i], found.n) for i, term in enumerate(use[1:])}
+    slope = zip(found.mean, found.low, found.high, strict=True)
+    ends = {term: Interval(*map(np.asarray, one), n=found.n) for term, one in zip(use[1:], slope, strict=True)}
     return Clock(ends.get(1), ends.get(2), ends.get(3))
 
 

@@ -95,7 +95,7 @@ class Prompts:
         order = at.nonzero()[:, 1].reshape(len(self.batch), -1)
         tokens = self.batch.tokens.gather(1, order[..., None].expand(-1, -1, self.batch.tokens.shape[-1]))
         last = torch.tensor([order.shape[1] - 1], device=order.device)
-        return dataclasses.replace(self.batch.last(), tokens=tokens, read=last, kinds=self.batch.kinds[-1:])
+        return dataclasses.replace(self.batch.last(), tokens=tokens, read=last, kinds=self.batch.kinds[order[0]])
 
     def _with(self, other: Batch, examples: Examples) -> Batch:
         at = tokens_of(self.batch, examples)[..., None]

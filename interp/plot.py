@@ -247,8 +247,10 @@ def dots(
 def level_map(
     axes: Axes, values: Float[np.ndarray, "row column"], rows: Sequence[str], *, label: str, edge: float | None = None
 ) -> None:
-    """Positive values on a log colour scale, dark where small; ``edge`` is a line between two columns."""
-    shown = np.maximum(values, 1e-12)
+    """Values on a log colour scale, dark where small, 0 as the smallest that is not; ``edge`` is a line between two
+    columns.
+    """
+    shown = np.maximum(values, values[values > 0].min() if (values > 0).any() else 1.0)
     low, high = float(shown.min()), float(shown.max())
     norm = LogNorm(low, high if high > low else low * 1.01)
     image = axes.imshow(shown, cmap="viridis", norm=norm, aspect="auto", interpolation="nearest")

@@ -137,7 +137,7 @@ def tree(
     out: Float[Tensor, "batch d_inner pos pos"],
 ) -> Inexact[Tensor, "batch d_inner pos n"]:
     """Σ_n row_t ∏_{s<k≤t} decay_k gain_s for all t (third axis of ``out``) and s ≤ t (last axis); returns
-    row_t ∏_{k≤t} decay_k. ``out`` is zeros, the others are written over; pos is a power of 2.
+    row_t ∏_{k≤t} decay_k. ``out`` is zeros, ``gain`` and ``row`` are written over; pos is a power of 2.
 
     Blocks of 1, 2, 4 … positions: ``row`` is multiplied down to its block's first position, ``gain`` up to its block's
     last, so the pairs across two neighbouring blocks are one matrix product for each channel. O(pos²) products of
@@ -155,8 +155,10 @@ def tree(
         corner = out.view(batch, width, blocks, 2, half, blocks, 2, half)[:, :, :, 1, :, :, 0]
         corner.diagonal(dim1=2, dim2=4).copy_(across.permute(0, 1, 3, 4, 2))
         rows[:, :, :, 1].mul_(ends[:, :, :, 0])
-        gains[:, :, :, 0].mul_(ends[:, :, :, 1])
-        decay, half = ends[:, :, :, 0] * ends[:, :, :, 1], 2 * half
+        half *= 2
+        if half < length:
+            gains[:, :, :, 0].mul_(ends[:, :, :, 1])
+            decay = ends[:, :, :, 0] * ends[:, :, :, 1]
     return row
 
 

@@ -272,7 +272,7 @@ def _probe(rows: Tensor, goal: Mapping[str, Tensor], asked: Plan, components: in
         chosen = {name: goal[name] for name in names if name not in found}
         try:
             found |= probe.ridge(
-                few, chosen, untrained=None, running_sum=None, split=asked.split, shuffles=1, seed=asked.seed
+                few, chosen, untrained=None, running_sum=None, split=asked.split, shuffles=4, seed=asked.seed
             )
         except BadArgument:
             continue  # all targets together, else each alone

@@ -246,7 +246,7 @@ def test_every_check_fails_when_what_it_checks_is_broken(parts: tuple[list[Study
     assert one.forgets is not None
     off = dataclasses.replace(one.forgets, error=0.01)
     assert failing(parts, forgets=off) == {"states rebuilt from decays and writes, relative"}
-    told = {name: dataclasses.replace(r, shuffled=r.score * 0 + 0.2) for name, r in one.reading.items()}
+    told = {name: dataclasses.replace(r, shuffled=r.score * 0 + 0.5) for name, r in one.reading.items()}
     assert failing(parts, reading=told) == {
         "shuffled targets, mean R²",
         "shuffled targets, largest mean R² of one",
@@ -276,7 +276,9 @@ def test_broken_runs_are_seen_by_the_study_itself(
         module.np.random, "default_rng", lambda seed=None, real=np.random.default_rng: _Still(real(seed))
     )
     broken = study("it", loaded[0], loaded[0], asked)
-    checks = compare_states._checks([broken], loaded[:1], {}, asked)
+    # The bound is that of 200 prompts that judge: an untrained state tells little of its prompt.
+    strict = dataclasses.replace(asked, split=dataclasses.replace(asked.split, test=np.arange(200)))
+    checks = compare_states._checks([broken], loaded[:1], {}, strict)
     names = {check.name.split(": ", 1)[1] for check in checks if not check.ok}
     assert "swap of the whole state, distance of its slope from 1" in names
     assert "shuffled targets, largest mean R² of one" in names

@@ -74,7 +74,7 @@ def test_the_figure_is_redrawn_from_disk_with_its_controls(result: Result, tmp_p
     panels = [axes for axes in figure.axes if axes.get_title(loc="left")]
     assert [axes.get_title(loc="left") for axes in panels] == list("abcdefg")
     labels = [text.get_text() for text in panels[0].get_legend().get_texts()]
-    for control in ("untrained weights", "other labels", "knows nothing (formula)"):
+    for control in ("untrained weights", "labels of another w", "knows nothing (formula)"):
         assert control in labels
     in_probes = [text.get_text() for text in panels[4].get_legend().get_texts()]
     assert {"w, shuffled", "w, untrained", "w, from running sums"} <= set(in_probes)
@@ -83,21 +83,20 @@ def test_the_figure_is_redrawn_from_disk_with_its_controls(result: Result, tmp_p
 
 @pytest.mark.planted
 def test_a_row_of_the_lens_is_that_of_a_run_made_by_hand(result: Result, config: probe_layers.Config) -> None:
-    """Block 2 of one prompt again: its queries one by one, the head by hand, numpy's fit."""
+    """Block 2 again: every query in a prompt of its own, stopped before the third block, numpy's fit."""
     model = models.load(str(config.model))
     subject = probe_layers._subject(config)
     batch = subject.sample(40, 0, 8 + 10 + 6)
+    guesses = []
+    for query in range(8, 24):
+        tokens = torch.cat([batch.tokens[:, :16], batch.tokens[:, [2 * query]]], dim=1)
+        with torch.no_grad():
+            residual = model(tokens, stop_at_layer=2)
+            guesses.append(model.head(model.ln_final(residual))[:, -1, 0].double().numpy())
     errors = []
-    for prompt in range(40):
-        guess = []
-        for query in range(8, 24):
-            tokens = torch.cat([batch.tokens[prompt, :16], batch.tokens[prompt, [2 * query]]])[None]
-            with torch.no_grad():
-                residual = model(tokens, stop_at_layer=2)
-                guess.append(float(model.head(model.ln_final(residual))[0, -1, 0]))
-        labels = batch.y[prompt, 8:].double().numpy()
+    for guess, labels in zip(np.array(guesses).T, batch.y[:, 8:].double().numpy(), strict=True):
         a, b = np.polyfit(guess[:10], labels[:10], 1)
-        errors.append(((a * np.array(guess[10:]) + b - labels[10:]) ** 2).mean() / D)
+        errors.append(((a * guess[10:] + b - labels[10:]) ** 2).mean() / D)
     rows = result.table[(result.table.what == "error, fitted") & (result.table.block == 2)]
     assert float(rows.value.iloc[0]) == pytest.approx(np.mean(errors), rel=1e-3)
 

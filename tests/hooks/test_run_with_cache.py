@@ -65,7 +65,9 @@ def test_filters_of_every_kind(make: Callable[..., Any], x: Tensor, names_filter
 
 @pytest.mark.hygiene
 @pytest.mark.parametrize(
-    "pattern", ["hook_nothing", ["hook_nothing"], [DELTA, "hook_nothing"], lambda name: False, "*.hook_q", []], ids=str
+    "pattern",
+    ["hook_nothing", ["hook_nothing"], [DELTA, "hook_nothing"], lambda name: False, "*.hook_q", []],
+    ids=["name", "list", "one of two", "predicate", "glob", "empty"],
 )
 def test_trap_7_names_that_match_nothing_are_refused_by_every_call(
     make: Callable[..., Any], x: Tensor, leftovers: Callable[[Any], list[str]], pattern: Any

@@ -125,14 +125,10 @@ def test_edits_are_in_them(name: str, variant: str) -> None:
     model, x = build(variant), prompts()
     weights = weights_of(model, 1)
     with hooks.edit(model, EDITS[name]()):
-        seen = hooks.record(model, x, [MIXER + "hook_y", MIXER + "hook_skip"])
+        seen = hooks.record(model, x, MIXER + "*")
     expected = (weights * (seen["*.hook_y"] + seen["*.hook_skip"])).sum((1, 2))
-    for inside in parts_of(variant)[::3]:
-        g = weights
-        if "gate" in inside:
-            with hooks.edit(model, EDITS[name]()):
-                gate = hooks.record(model, x, MIXER + "hook_gate")["*.hook_gate"]
-            g = weights / gate
+    for inside in parts_of(variant)[::3]:  # the scan, and with everything
+        g = weights / seen["*.hook_gate"] if "gate" in inside else weights
         found = contributions(model, x, 1, weights=g, inside=inside, edits=EDITS[name]())
         assert_close(whole(found), expected, rtol=1e-9, atol=1e-10 * float(expected.abs().max()))
         assert found.relative_error < 1e-10

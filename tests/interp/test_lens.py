@@ -156,3 +156,12 @@ def test_few_prompts_do_not_allow_a_word() -> None:
     level = torch.tensor([1.0, 0.8, 0.6, 0.4, 0.2])[:, None]
     assert lens.profile(level * noise, n_boot=200).words in ("flat", "neither steady nor stepwise")
     assert lens.profile(level * (1 + (noise - 1) / 100), n_boot=200).words == "steady"
+
+
+@pytest.mark.definition
+def test_an_error_of_zero_has_shares_and_no_logarithm() -> None:
+    wrong = (torch.rand(5, 60, generator=torch.Generator().manual_seed(0)) < 0.5).float()
+    wrong[4] = 0
+    found = lens.profile(wrong, n_boot=100)
+    assert found.share.mean.sum() == pytest.approx(1) and np.isnan(found.factor.mean).all()
+    assert found.log_words == "an error of 0 has no logarithm"
