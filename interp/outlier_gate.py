@@ -91,8 +91,8 @@ def clock(
         return solution[1:]
 
     found = bootstrap(moments, n_boot=n_boot, seed=seed, statistic=slopes)
-    slope = zip(found.mean, found.low, found.high, strict=True)
-    ends = {term: Interval(*map(np.asarray, one), n=found.n) for term, one in zip(use[1:], slope, strict=True)}
+    slopes_of = zip(use[1:], np.stack([found.mean, found.low, found.high], axis=1), strict=True)
+    ends = {term: Interval(one[0, ...], one[1, ...], one[2, ...], found.n) for term, one in slopes_of}
     return Clock(ends.get(1), ends.get(2), ends.get(3))
 
 

@@ -267,7 +267,7 @@ def _probe(rows: Tensor, goal: Mapping[str, Tensor], asked: Plan, components: in
     """Probes by target, without those of too little spread among few prompts for R² to have an interval."""
     # Reduced once: the probe would do it again for every control.
     few = probe.reduce(rows, asked.split, components)[:, 0]
-    found = {}
+    found: dict[str, probe.Probe] = {}
     for names in [list(goal), *([name] for name in goal)]:
         chosen = {name: goal[name] for name in names if name not in found}
         try:
