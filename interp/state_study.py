@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from hooks.errors import BadArgument
@@ -110,11 +111,12 @@ def plan(task: Task, prompts: int, *, components: int, permutations: int, reset:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Inside the block torch works on one thread."""
+    """Inside the block torch, and the linear algebra of numpy and scipy, work on one thread."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        yield
+        with threadpool_limits(1, user_api="blas"):
+            yield
     finally:
         torch.set_num_threads(before)
 
