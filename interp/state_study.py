@@ -112,6 +112,8 @@ def plan(task: Task, prompts: int, *, components: int, permutations: int, reset:
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Inside the block torch, and the linear algebra of numpy and scipy, work on one thread."""
+    import scipy.linalg  # noqa: F401  # brings a BLAS of its own, which can be limited once it is loaded
+
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
