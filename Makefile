@@ -12,7 +12,7 @@
 #
 # PYTHON=python3.12      the interpreter to build .venv from
 # TORCH_FLAGS='...'      further arguments for `pip install torch`, such as the index of a CPU or CUDA build
-# PYTEST_ARGS='-n 2 -x'  further arguments for pytest
+# PYTEST_ARGS='-n 0 -x'  further arguments for pytest
 
 PYTHON ?= python3
 VENV := .venv
@@ -37,7 +37,7 @@ demo: $(VENV)/.installed
 	echo "figure: $$figure"
 
 test: $(VENV)/.installed-test
-	$(PYTEST) $(PYTEST_ARGS)
+	$(PYTEST) -n 2 $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.installed-test
 	$(PYTEST) -m "slow and not benchmark" $(PYTEST_ARGS)
@@ -49,7 +49,7 @@ check: $(VENV)/.installed-test
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
 	$(PY) -m mypy
-	$(PYTEST) $(PYTEST_ARGS)
+	$(PYTEST) -n 2 $(PYTEST_ARGS)
 
 format: $(VENV)/.installed-test
 	$(PY) -m ruff check --fix .
