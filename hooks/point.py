@@ -13,7 +13,7 @@ This is the one file of ``hooks/`` that imports TransformerLens. It adds to ``Ho
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from types import MappingProxyType
@@ -95,14 +95,30 @@ def watched(*points: nn.Module) -> bool:
     woken by one that is. (Asked this way because a flag set by ``add_hook`` misses torch hooks, captum and
     copies, and never goes off.)
     """
-    if (
-        torch_module._global_forward_hooks
-        or torch_module._global_forward_pre_hooks
-        or torch_module._global_backward_hooks
-        or torch_module._global_backward_pre_hooks
-    ):
-        return True
-    return any(_is_watched(point) for point in points)
+    return _any_global() or any(_is_watched(point) for point in points)
+
+
+def add_reader(point: Any, read: Hook) -> Any:
+    """Hook ``read`` on ``point``, which promises to change nothing; returns TransformerLens' handle.
+
+    A mixer that is only read may compute what comes after the point without waiting for it (:func:`only_read`).
+    """
+    handle = point.add_hook(read)
+    point.__dict__.setdefault("readers", set()).add(handle.hook.id)
+    return handle
+
+
+def only_read(point: nn.Module) -> bool:
+    """Whether nothing is on ``point`` but hooks of :func:`add_reader`. Anything not recognised counts as a writer."""
+    return not _any_global() and not _is_watched(point, getattr(point, "readers", ()))
+
+
+def plain_linear(module: nn.Module) -> bool:
+    """Whether calling ``module`` does no more than multiply by its weight and add its bias.
+
+    Asked and answered as in :func:`watched`; a subclass counts as more.
+    """
+    return type(module) is nn.Linear and not _any_global() and not _is_watched(module, forward=nn.Linear.forward)
 
 
 def state_edits(point: nn.Module) -> list[Any]:
@@ -110,23 +126,35 @@ def state_edits(point: nn.Module) -> list[Any]:
     return getattr(point, "interrupts", [])
 
 
-def _is_watched(point: nn.Module) -> bool:
-    if type(point).forward is not HookPoint.forward:
+def _any_global() -> bool:
+    return bool(
+        torch_module._global_forward_hooks
+        or torch_module._global_forward_pre_hooks
+        or torch_module._global_backward_hooks
+        or torch_module._global_backward_pre_hooks
+    )
+
+
+def _is_watched(point: nn.Module, but_by: Collection[int] = (), forward: Any = HookPoint.forward) -> bool:
+    """``but_by``: identifiers of forward hooks that do not count. ``forward``: what an unwatched one would run."""
+    if type(point).forward is not forward:
         return True
     own = point.__dict__
-    if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+    if own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+        return True
+    if any(hook not in but_by for hook in own["_forward_hooks"]):
         return True
     if own.get("exposed") or own.get("interrupts"):
         return True
-    forward = own.get("forward")
-    return forward is not None and _traced(forward)
+    replaced = own.get("forward")
+    return replaced is not None and _traced(replaced, forward)
 
 
-def _traced(forward: Any) -> bool:
+def _traced(replaced: Any, forward: Any) -> bool:
     """Whether an instance ``forward`` is anything but an nnsight controller with nobody waiting."""
     try:
-        state = forward.state
-        if state.sourced or state.body is not HookPoint.forward:
+        state = replaced.state
+        if state.sourced or state.body is not forward:
             return True
         interleaver, _, locations = state.active()
         if interleaver is None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hooks.errors import BadArgument, DidNotFire
 from hooks.memory import check_memory
-from hooks.point import HookedModule, watched, why_silent
+from hooks.point import HookedModule, add_reader, watched, why_silent
 from hooks.sites import Pattern, resolve
 
 
@@ -97,7 +97,7 @@ def record(
     handles: list[Any] = []
     try:
         for name in names:
-            handles.append(model.hook_dict[name].add_hook(partial(save, name=name)))
+            handles.append(add_reader(model.hook_dict[name], partial(save, name=name)))
         with torch.set_grad_enabled(grad):
             output = model(x, **model_kwargs)
     finally:
@@ -117,5 +117,6 @@ def _memory(tensor: Tensor) -> int:
 def _remove(model: Any, names: list[str], handles: list[Any]) -> None:
     for name, handle in zip(names, handles, strict=False):
         handle.hook.remove()
+        model.hook_dict[name].readers.discard(handle.hook.id)
         hooks = model.hook_dict[name].fwd_hooks
         hooks[:] = [kept for kept in hooks if kept is not handle]

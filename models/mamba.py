@@ -31,9 +31,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hooks.errors import BadArgument
-from hooks.point import emit, site, state_edits, watched
+from hooks.point import emit, only_read, plain_linear, site, state_edits, watched
 from models.recurrence import recurrence
-from models.scan import convolution, kernel, selective_scan, selective_states
+from models.scan import convolution, kernel, selective_scan, selective_scan_states, selective_states
 from models.stack import LayerState, Stack
 
 Inner = Float[Tensor, "batch pos d_inner"]
@@ -145,10 +145,7 @@ class MambaMixer(nn.Module):
     ) -> tuple[Float[Tensor, "batch pos d_model"], LayerState | None]:
         """Mixer output, and the state after the last position if ``return_state``."""
         width, taps = self.cfg.d_inner, self.cfg.d_conv - 1
-        xz = self.in_proj(r)
-        # Copies, not views: nnsight's gradients over several inputs go wrong at strided sites, and a view from a split
-        # cannot be edited in place.
-        x_in, z = (half.clone(memory_format=torch.contiguous_format) for half in xz.split(width, dim=-1))
+        x_in, z = self._branches(r)
         x_in = emit(self.hook_x_in, x_in)
         z = emit(self.hook_gate_pre, z)
         before = _given(None if state is None else state.conv, (r.shape[0], width, taps), x_in, "conv")
@@ -166,6 +163,20 @@ class MambaMixer(nn.Module):
         seen = torch.cat([rearrange(before, "batch d_inner taps -> batch taps d_inner"), x_in], dim=1)
         conv = rearrange(seen[:, seen.shape[1] - taps :], "batch taps d_inner -> batch d_inner taps")
         return out, LayerState(conv, h_last)
+
+    def _branches(self, r: Float[Tensor, "batch pos d_model"]) -> tuple[Inner, Inner]:
+        """x and z, each in memory of its own.
+
+        Not views: nnsight's gradients over several inputs go wrong at strided sites, and a view from a split cannot
+        be edited in place. Two products spare the copies, a tenth of the layer's time.
+        """
+        width, linear = self.cfg.d_inner, self.in_proj
+        if plain_linear(linear):
+            biases = (None, None) if linear.bias is None else linear.bias.split(width)
+            x, z = (F.linear(r, *part) for part in zip(linear.weight.split(width), biases, strict=True))
+        else:
+            x, z = (half.clone(memory_format=torch.contiguous_format) for half in linear(r).split(width, dim=-1))
+        return x, z
 
     def read(self, states: Float[Tensor, "batch pos d_inner d_state"], C: Float[Tensor, "batch pos d_state"]) -> Inner:
         """y of ``hook_state``'s tensor and ``hook_C``'s: linear in the states."""
@@ -193,6 +204,9 @@ class MambaMixer(nn.Module):
             decay = emit(self.hook_decay, decay, shared=decay.requires_grad)
             write = emit(self.hook_write, (delta_write * x)[..., None] * B[:, :, None])
             states = recurrence(decay, write, h0, edits)
+        elif only_read(self.hook_state) and not torch.is_grad_enabled():
+            y, states = selective_scan_states(x, delta_decay, delta_write, A, B, C, h0)
+            return y, emit(self.hook_state, states)[:, -1].clone()
         else:
             states = selective_states(x, delta_decay, delta_write, A, B, h0)
         # What is returned as state is h itself; a raw hook on hook_state changes one read-out and no more.

@@ -21,7 +21,7 @@ from hooks.errors import BadArgument
 from models.scan import cpu, cuda, reference
 from models.scan.convolution import convolution, kernel
 
-__all__ = ["convolution", "kernel", "scan", "selective_scan", "selective_states"]
+__all__ = ["convolution", "kernel", "scan", "selective_scan", "selective_scan_states", "selective_states"]
 
 _SINGLE = (torch.float32, torch.bfloat16, torch.float16)
 _DOUBLE = (torch.float64,)
@@ -67,6 +67,28 @@ def selective_states(
     operands = _checked(dict(zip(axes, given, strict=True)), axes, _SINGLE, _DOUBLE)
     run = cpu if x.device.type == "cpu" else reference
     return run.selective_states(*operands)
+
+
+def selective_scan_states(
+    x: Float[Tensor, "batch pos d_inner"],
+    delta_decay: Float[Tensor, "batch pos d_inner"],
+    delta_write: Float[Tensor, "batch pos d_inner"],
+    A: Float[Tensor, "d_inner d_state"],
+    B: Float[Tensor, "batch pos d_state"],
+    C: Float[Tensor, "batch pos d_state"],
+    h0: Float[Tensor, "batch d_inner d_state"] | None = None,
+) -> tuple[Float[Tensor, "batch pos d_inner"], Float[Tensor, "batch pos d_inner d_state"]]:
+    """Read-out and all states of ``selective_scan`` in one pass, for who reads both and wants no gradient.
+
+    The states are read out while they are at hand, not fetched from memory once more. Raises BadArgument as
+    ``selective_scan`` does.
+    """
+    given = (x, delta_decay, delta_write, A, B, C, h0)
+    operands = _checked(dict(zip(_SCAN, given, strict=True)), _SCAN, _SINGLE, _DOUBLE)
+    run = cpu if x.device.type == "cpu" else reference
+    with torch.no_grad():
+        y, states = run.selective_scan_states(*operands)
+    return y.to(x.dtype), states
 
 
 def scan(

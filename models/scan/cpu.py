@@ -48,6 +48,15 @@ def selective_states(
     return states
 
 
+def selective_scan_states(
+    x: Tensor, delta_decay: Tensor, delta_write: Tensor, A: Tensor, B: Tensor, C: Tensor, h0: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`reference.selective_scan_states` for CPU tensors that are all float32 or all float64; no gradients."""
+    y, states = torch.empty(x.shape, dtype=x.dtype), pages.empty((*x.shape, A.shape[1]), x.dtype)
+    _Selective(x, delta_decay, delta_write, A, B, C, h0).forward(keep=False, y=y, states=states)
+    return y, states
+
+
 def scan(decay: Tensor, write: Tensor, h0: Tensor | None) -> Tensor:
     """`reference.scan` for CPU tensors that are all float32 or all float64."""
     return _Scan.apply(decay, write, h0)
@@ -133,8 +142,11 @@ class _Selective:
         chunks = -(-self.length // self.kernels.CHUNK) if keep else 1
         saved = self.empty(self.batch, chunks - 1, *self.operands[3].shape)
         h_last = self.empty(self.batch, self.d_inner, self.d_state)
+        streamed = (
+            states is not None and self.d_state <= self.kernels.STATES and pages.worth_streaming(states, self.d_state)
+        )
         results = (
-            _array(y, self.like, 3), h_last.numpy(), saved.numpy(), _array(states, self.like, 4)
+            _array(y, self.like, 3), h_last.numpy(), saved.numpy(), _array(states, self.like, 4), streamed
         )  # fmt: skip
         self.run(self.kernels.forward, *self.operands, *results, False)
         if torch.isnan(h_last).any():

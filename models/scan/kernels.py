@@ -24,6 +24,7 @@ import numpy as np
 from numba import carray
 
 from models.scan.exponential import compiled, exp, inlined, stack
+from models.scan.streaming import fence, stream
 
 LANES = 32
 STATES = 16
@@ -34,10 +35,11 @@ _CHUNK_TILE = CHUNK * _TILE
 
 
 @compiled
-def forward(first, last, groups, x, delta_decay, delta_write, A, B, C, h0, y, h_last, saved, states, guarded):  # type: ignore[no-untyped-def]
+def forward(first, last, groups, x, delta_decay, delta_write, A, B, C, h0, y, h_last, saved, states, streamed, guarded):  # type: ignore[no-untyped-def]
     """y, h_last and, where given room, the states at chunk starts and all states, for units first … last − 1.
 
     A is (d_state, padded d_inner), saved (batch, chunks − 1, d_state, padded d_inner); the rest as in `reference`.
+    ``streamed`` (of all states, where d_state ≤ STATES): they go past the caches; see `streaming.py`.
     """
     length, d_inner = x.shape[1], x.shape[2]
     d_state = A.shape[0]
@@ -46,6 +48,8 @@ def forward(first, last, groups, x, delta_decay, delta_write, A, B, C, h0, y, h_
     delta = carray(stack(x, LANES), (LANES,))
     dwx = carray(stack(x, LANES), (LANES,))
     out = carray(stack(x, LANES), (LANES,))
+    room = stack(x, _TILE)
+    turned = carray(room, (_TILE,))
     zero = x.dtype.type(0)
     for unit in range(first, last):
         b = unit // groups
@@ -95,13 +99,20 @@ def forward(first, last, groups, x, delta_decay, delta_write, A, B, C, h0, y, h_
                     if y.size > 0:
                         for j in range(width):
                             y[b, t, start + j] = out[j] + (y[b, t, start + j] if n0 > 0 else zero)
-                    if states.size > 0:
+                    if states.size > 0 and streamed:
+                        for j in range(width):
+                            for n in range(rows):
+                                turned[j * rows + n] = h[n, j]
+                        stream(states, ((b * length + t) * d_inner + start) * d_state, room, width * d_state)
+                    elif states.size > 0:
                         for j in range(width):
                             for n in range(rows):
                                 states[b, t, start + j, n0 + n] = h[n, j]
                 for j in range(width):
                     for n in range(rows):
                         h_last[b, start + j, n0 + n] = h[n, j]
+    if streamed:
+        fence()
 
 
 @inlined

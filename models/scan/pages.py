@@ -18,7 +18,9 @@ from torch import Tensor
 
 HUGE = 2 << 20
 LEAST = 8 * HUGE
-"""Bytes from which it is worth asking."""
+"""Bytes from which it is worth asking; no cache holds that much."""
+VECTOR = 32
+"""Bytes of one store past the caches (`streaming.py`), and what its place has to be a multiple of."""
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -31,6 +33,12 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         start = -(-tensor.data_ptr() // HUGE) * HUGE
         advise(start, (tensor.data_ptr() + size - start) // HUGE * HUGE, mmap.MADV_HUGEPAGE)
     return tensor
+
+
+def worth_streaming(tensor: Tensor, run: int) -> bool:
+    """Whether ``tensor`` is large, and pieces of ``run`` numbers lie in it on whole vectors."""
+    size = tensor.element_size()
+    return tensor.numel() * size >= LEAST and run * size % VECTOR == 0 and tensor.data_ptr() % VECTOR == 0
 
 
 @cache

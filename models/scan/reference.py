@@ -32,9 +32,22 @@ def selective_scan(
     h0: Float[Tensor, "batch d_inner d_state"] | None = None,
 ) -> tuple[Float[Tensor, "batch pos d_inner"], Float[Tensor, "batch d_inner d_state"]]:
     """Read-out y_t = Σ_n C_t[n] h_t[:, n] (without the skip D x) and the last state; see ``selective_states``."""
-    states = selective_states(x, delta_decay, delta_write, A, B, h0)
-    y = _Product.apply(states, C[:, :, None, :]).sum(-1)
+    y, states = selective_scan_states(x, delta_decay, delta_write, A, B, C, h0)
     return y, states[:, -1]
+
+
+def selective_scan_states(
+    x: Float[Tensor, "batch pos d_inner"],
+    delta_decay: Float[Tensor, "batch pos d_inner"],
+    delta_write: Float[Tensor, "batch pos d_inner"],
+    A: Float[Tensor, "d_inner d_state"],
+    B: Float[Tensor, "batch pos d_state"],
+    C: Float[Tensor, "batch pos d_state"],
+    h0: Float[Tensor, "batch d_inner d_state"] | None = None,
+) -> tuple[Float[Tensor, "batch pos d_inner"], Float[Tensor, "batch pos d_inner d_state"]]:
+    """Read-out and all states."""
+    states = selective_states(x, delta_decay, delta_write, A, B, h0)
+    return _Product.apply(states, C[:, :, None, :]).sum(-1), states
 
 
 def selective_states(

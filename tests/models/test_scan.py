@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from models.scan import reference, scan, selective_scan, selective_states
+from models.scan import pages, reference, scan, selective_scan, selective_scan_states, selective_states
 from tests.tolerances import assert_matches
 
 INF = math.inf
@@ -139,6 +139,45 @@ def test_selective_states_are_the_definition(shape: tuple[int, int, int, int], d
     compare(selective_states, reference.selective_states, given)
     del given["h0"]
     compare(selective_states, reference.selective_states, given)
+
+
+@pytest.mark.definition
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_read_out_and_states_in_one_pass_are_the_definition(
+    shape: tuple[int, int, int, int], dtype: torch.dtype
+) -> None:
+    given = {name: value.detach() for name, value in operands(*shape, dtype=dtype).items()}
+    y, states = selective_scan_states(*given.values())
+    wide = reference.selective_scan_states(*(value.double() for value in given.values()))
+    assert_matches(y, wide[0], "y")
+    assert_matches(states, wide[1], "states")
+
+
+@pytest.mark.definition
+@pytest.mark.parametrize(
+    "shape, dtype, streamed",
+    [
+        ((1, 300, 1000, 16), torch.float32, True),  # a last tile of 8 channels
+        ((2, 260, 520, 8), torch.float64, True),
+        ((1, 300, 1200, 12), torch.float32, False),  # 48 bytes are no whole number of vectors
+        ((1, 150, 1000, 32), torch.float32, False),  # two tiles of states
+        ((1, 20, 1000, 16), torch.float32, False),  # small
+    ],
+    ids=str,
+)
+def test_states_that_go_past_the_caches_are_the_same(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, streamed: bool
+) -> None:
+    """Only large results do; all of them arrive, also at the borders of tiles and threads."""
+    given = {name: value.detach() for name, value in operands(*shape, dtype=dtype).items()}
+    y, states = selective_scan_states(*given.values())
+    assert (pages.worth_streaming(states, shape[3]) and shape[3] <= 16) == streamed
+    expected_y, expected = reference.selective_scan_states(*(value.double() for value in given.values()))
+    assert_matches(states, expected, "states")
+    assert_matches(y, expected_y, "y")
+    del given["C"]
+    torch.testing.assert_close(selective_states(*given.values()), states, rtol=0, atol=0)
 
 
 @pytest.mark.definition
