@@ -14,7 +14,7 @@ Controls   shuffled targets; the same architecture untrained; what adding up y x
            differences
 Not shown  another training of the same model; what is in the state but not linearly, or in directions of little
            variance (the table has the best layer by number of components); whether a model uses what can be read:
-           only the swaps say. The best layer is chosen on the prompts that score it
+           only the swaps say
 Cost       90 seconds with 256 prompts, three models of 8 layers and 2 cores
 """
 
@@ -207,19 +207,20 @@ def _checks(studies: list[Study], loaded: list[Root], alike: Alike, asked: Plan)
         off = abs(float(study.exact.mean) - 1)
         checks.append(Check.at_most(f"{name}: swap of the whole state, distance of its slope from 1", off, 1e-3))
         checks.append(Check.at_most(f"{name}: swap of nothing, largest change", study.nothing, 0.0))
-        shuffled = [float(np.nanmean(reading.shuffled[..., 0])) for reading in study.reading.values()]
-        # Where nothing is there, R² on n prompts is still uncertain by something like 1 / n.
-        chance = 1 / len(asked.split.test)
-        checks.append(Check.at_most(f"{name}: shuffled targets, mean R²", float(np.mean(shuffled)), chance))
-        checks.append(Check.at_most(f"{name}: shuffled targets, largest mean R² of one", max(shuffled), 3 * chance))
+        for target, reading in study.reading.items():
+            shuffled = float(np.nanmean(reading.shuffled[..., 0]))
+            checks.append(Check.at_most(f"{name}: shuffled {target}, mean R²", shuffled, reading.lucky))
         checks.append(Check.at_most(f"{name}: derivative against differences, relative", study.reach_gap, 0.05))
         if study.forgets is not None:
             gap = study.forgets.error
             checks.append(Check.at_most(f"{name}: states rebuilt from decays and writes, relative", gap, FP32))
     for (i, j), measures in alike.items():
-        off = float(np.abs(measures["cka"].null_mean).max())
+        # Its variance under permutation is about 2 / (n (n − 3)) (Székely and Rizzo 2013); 5, because the largest of
+        # all pairs of layers is asked.
+        null = measures["cka"]
+        off = float(np.abs(null.null_mean).max()) * (null.n * (null.n - 3) / 2 * null.n_perm) ** 0.5
         names = f"{studies[i].name}, {studies[j].name}"
-        checks.append(Check.at_most(f"{names}: debiased CKA of permuted prompts, largest mean", off, 0.05))
+        checks.append(Check.at_most(f"{names}: debiased CKA of permuted prompts, largest in standard errors", off, 5.0))
     return checks
 
 
@@ -239,8 +240,8 @@ def plot(result: Result) -> Figure:
     by_k, by_layer = {}, {}
     for i, name in enumerate(names):
         score, untrained = arrays[f"r2_{i}"][0], arrays[f"untrained_{i}"][0]
-        best, asked = _best(score), ~(untrained[0, :, 0] != untrained[0, :, 0])
-        by_k[name] = {"trained": (ks, score[best]), "untrained": (ks[asked], untrained[_best(untrained)][asked])}
+        best, asked = _best(arrays, i), ~(untrained[0, :, 0] != untrained[0, :, 0])
+        by_k[name] = {"trained": (ks, score[best[0]]), "untrained": (ks[asked], untrained[best[1]][asked])}
         by_layer[name] = {"trained": _over(score[:, -1]), "untrained": _over(untrained[:, -1])}
     draw.baseline(reads, ks, arrays["sums"][0, :, 0], "from sums of y x and x xᵀ", floor=None)
     draw.baseline(reads, ks, arrays["shuffled_0"][0, :, :, 0].mean(0), f"shuffled ({names[0]})", floor=None, style=3)
@@ -340,11 +341,15 @@ def _over(line: Any, start: int = 0) -> tuple[Any, Any]:
     return np.arange(start, start + len(line)), line
 
 
-def _best(score: Any) -> int:
-    """The layer from which most is read after the last example."""
+def _best(arrays: Mapping[str, Any], i: int) -> tuple[int, int]:
+    """The layer from which most of the first target is read after the last example, trained and untrained.
+
+    Chosen by the prompts that fitted the probes, not by those that judge them.
+    """
     import numpy as np
 
-    return int(np.nanargmax(score[:, -1, 0]))
+    trained, untrained = np.nanargmax(arrays[f"folds_{i}"][0][:, :, -1], axis=1)
+    return int(trained), int(untrained)
 
 
 def _bare(line: Any) -> Any:
@@ -373,10 +378,10 @@ def _title(result: Result) -> str:
     """The sentences that the figure supports, made from its numbers."""
     arrays, names = result.arrays, _labels(result.config["models"])
     target, last = str(arrays["targets"][0]), int(arrays["ks"][-1])
-    scores = [arrays[f"r2_{i}"][0] for i in range(len(names))]
+    layers = [_best(arrays, i)[0] for i in range(len(names))]
     read = ", ".join(
-        f"{score[_best(score), -1, 0]:.2f} in {name} (layer {_best(score)})"
-        for name, score in zip(names, scores, strict=True)
+        f"{arrays[f'r2_{i}'][0, layer, -1, 0]:.2f} in {name} (layer {layer})"
+        for i, (name, layer) in enumerate(zip(names, layers, strict=True))
     )
     first = f"After {last} examples one layer's state gives {target} linearly with R² {read}"
     left = [f"{arrays[f'left_{i}'][-1, 0]:.2f} in {name}" for i, name in enumerate(names) if f"left_{i}" in arrays]

@@ -6,6 +6,10 @@ ways together (also by being written again from a layer below) is :func:`interp.
 
 A *channel* is a row of the state (d_inner of them), a *mode* one of its d_state numbers. A complex mode has one decay,
 a complex factor; its modulus forgets and its angle does not.
+
+Where a transition matrix takes the place of the decays (S4: ``hook_transition``), ∏ ā is the product of the matrices,
+a channel's modes are the eigenvectors, and |ā| of a mode is the modulus of its eigenvalue. The matrix is not normal:
+for some tokens it may keep less, or more, of a state than any mode says.
 """
 
 from __future__ import annotations
@@ -21,9 +25,12 @@ from torch import Tensor
 from hooks.errors import BadArgument
 from interp import seeds
 from interp.arguments import whole_number
-from interp.states import need, walk
+from interp.states import missing, need, walk
 
 SITES = ("hook_state", "hook_decay", "hook_write")
+TINY = torch.finfo(torch.float32).tiny
+FACTORED = ("hook_state", "hook_transition", "hook_write")
+"""What takes their place where the transition is a matrix a ⊙ h + u ⟨q, h⟩, given by its factors."""
 
 
 @dataclass(frozen=True)
@@ -50,13 +57,17 @@ class Forgetting:
 def forgetting(model: Any, tokens: Tensor, position: int) -> Forgetting:
     """The quantities of :class:`Forgetting` for states that start at zero, positions 0 … ``position``.
 
-    Raises :class:`BadArgument`, with the sites that are missing, for a model whose transition is not elementwise.
+    Raises :class:`BadArgument`, with the sites that are missing, for a model that has neither decays nor transitions.
     """
-    need(model, SITES, "what is left of a write")
+    sites = FACTORED if not missing(model, FACTORED) else SITES
+    need(model, sites, "what is left of a write")
     parts: list[list[tuple[Tensor, ...]]] = []
     gaps: list[list[Tensor]] = []
-    for _, layers in walk(model, tokens[:, : position + 1], SITES):
-        measured = [_layer(*(as_complex(model, each) for each in layer)) for layer in layers]
+    for _, layers in walk(model, tokens[:, : position + 1], sites):
+        if sites is FACTORED:
+            measured = [_factored(*(each.double() for each in layer)) for layer in layers]
+        else:
+            measured = [_layer(*(as_complex(model, each) for each in layer)) for layer in layers]
         parts.append([one[:-1] for one in measured])
         gaps.append([one[-1] for one in measured])
     written, left, slow, log_decay, lost = (
@@ -176,15 +187,67 @@ def _layer(state: Tensor, decay: Tensor, write: Tensor) -> tuple[Tensor, ...]:
         reached = reached * decay[:, s]
     held = state[:, :-1].abs().square()
     kept = (size[:, 1:].square() * held).sum(-1)
+    return _measured(
+        state, write, left, rebuilt, size.amax(-1), size.clamp(min=TINY).log().mean(-1), kept, held.sum(-1)
+    )
+
+
+def _factored(state: Tensor, factors: Tensor, write: Tensor) -> tuple[Tensor, ...]:
+    """The same for transitions given by their factors; complex numbers are real and imaginary halves, as at the sites.
+
+    Every write is carried along by itself, so that no product of matrices is formed.
+    """
+    arrived = write[:, :0]
+    for t in range(state.shape[1]):
+        if t:
+            arrived = _step(factors[:, t : t + 1], arrived)
+        arrived = torch.cat([arrived, write[:, t : t + 1]], dim=1)
+    left = arrived.square().sum((-2, -1))
+    # One matrix for each channel, unless an edit made it vary.
+    constant = bool((factors == factors[:1, :1]).all())
+    some = factors[:1, :1] if constant else factors
+    size = torch.linalg.eigvals(_matrix(some)).abs().clamp(min=TINY)
+    shape = state.shape[:3]
+    slow, log_decay = (each.expand(shape) for each in (size.amax(-1), size.log().mean(-1)))
+    kept = _step(factors[:, 1:], state[:, :-1]).square().sum(-1)
+    held = state[:, :-1].square().sum(-1)
+    return _measured(state, write, left, arrived.sum(1), slow, log_decay, kept, held)
+
+
+def _step(factors: Float[Tensor, "batch pos d_inner 3 n"], state: Tensor) -> Tensor:
+    """a ⊙ h + u ⟨q, h⟩."""
+    a, u, q = factors.unbind(-2)
+    (re, im), (p, r) = a.chunk(2, dim=-1), state.chunk(2, dim=-1)
+    return torch.cat([re * p - im * r, re * r + im * p], dim=-1) + u * (q * state).sum(-1, keepdim=True)
+
+
+def _matrix(factors: Float[Tensor, "batch pos d_inner 3 n"]) -> Float[Tensor, "batch pos d_inner n n"]:
+    """The matrix of :func:`_step`: its columns are what becomes of the unit vectors."""
+    n = factors.shape[-1]
+    units = torch.eye(n, dtype=factors.dtype, device=factors.device)
+    columns = [_step(factors, unit.expand(*factors.shape[:3], n)) for unit in units]
+    return torch.stack(columns, dim=-1)
+
+
+def _measured(
+    state: Tensor,
+    write: Tensor,
+    left: Tensor,
+    rebuilt: Tensor,
+    slow: Tensor,
+    log_decay: Tensor,
+    kept: Float[Tensor, "batch later d_inner"],
+    held: Float[Tensor, "batch later d_inner"],
+) -> tuple[Tensor, ...]:
+    """The fields of :class:`Forgetting`; ``kept`` is what the next token leaves of ``held``, both squared."""
     # 0 / 0 is NaN where the channel holds nothing; what is lost whole is lost at a finite rate.
-    tiny = torch.finfo(torch.float32).tiny
-    lost = -0.5 * torch.where(held.sum(-1) > 0, (kept / held.sum(-1)).clamp(min=tiny), math.nan).log()
-    gap = torch.stack([(rebuilt - state[:, last]).abs().square().sum(), state[:, last].abs().square().sum()])
+    lost = -0.5 * torch.where(held > 0, (kept / held).clamp(min=TINY), math.nan).log()
+    gap = torch.stack([(rebuilt - state[:, -1]).abs().square().sum(), state[:, -1].abs().square().sum()])
     return (
         write.abs().square().sum((-2, -1)).cpu(),
         left.cpu(),
-        size.amax(-1).float().cpu(),
-        size.clamp(min=tiny).log().mean(-1).float().cpu(),
+        slow.float().cpu(),
+        log_decay.float().cpu(),
         torch.nn.functional.pad(lost, (0, 0, 1, 0), value=math.nan).float().cpu(),
         gap.cpu(),
     )

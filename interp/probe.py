@@ -62,6 +62,7 @@ class Probe:
 
     score      R² (0: no better than the mean of the training prompts; may be negative) or accuracy, on test prompts
     controls   the same score for "shuffled", and for "untrained" and "running_sum" where features were given
+    folds      the same score by folds over the training prompts: what a choice between probes may look at
     chance     what knowing nothing scores: 0, or the test share of the training prompts' commonest class
     direction  (output, feature) of the features as they came: the target moves by it for each unit of a feature
     penalty    the α of each output
@@ -70,6 +71,7 @@ class Probe:
     metric: str
     score: Interval
     controls: dict[str, Interval]
+    folds: float
     chance: float
     direction: NDArray[np.float64]
     penalty: NDArray[np.float64]
@@ -121,7 +123,7 @@ def ridge(
         controls |= {control: _r_squared(name, other, [own]) for control, other in others.items()}
         direction = fitted.direction(own) if axes is None else fitted.direction(own) @ axes
         score = _r_squared(name, fitted, [own])
-        found[name] = Probe("R²", score, controls, 0.0, direction, fitted.penalty[own])
+        found[name] = Probe("R²", score, controls, fitted.folds(own), 0.0, direction, fitted.penalty[own])
         start += count
     return found
 
@@ -149,7 +151,7 @@ def logistic(
     classes, counts = np.unique(y[parts.train], return_counts=True)
     if len(classes) < 2:
         raise BadArgument(f"all training prompts have the class {classes[0]:g}; a probe needs two")
-    pipeline, right, penalty = _fit_classes(reduced, y, parts)
+    pipeline, right, penalty, folds = _fit_classes(reduced, y, parts)
     rng = np.random.default_rng(seed)
     blind = [_fit_classes(reduced, y[rng.permutation(len(y))], parts)[1] for _ in range(shuffles)]
     controls = {"shuffled": bootstrap(np.mean(blind, axis=0))}
@@ -160,7 +162,7 @@ def logistic(
     line = pipeline[-1].coef_ / pipeline[0].scale_
     if axes is not None:
         line = line @ axes
-    return Probe("accuracy", bootstrap(right), controls, chance, line, np.array([penalty]))
+    return Probe("accuracy", bootstrap(right), controls, folds, chance, line, np.array([penalty]))
 
 
 def reduce(features: Array, parts: Split, components: int | None) -> Rows:
@@ -178,6 +180,18 @@ def _reduced(x: Rows, parts: Split, components: int | None) -> tuple[Rows, NDArr
         return x, None
     axes = _axes(x, parts, components)
     return np.asarray((x - x[parts.train].mean((0, 1))) @ axes.T), axes
+
+
+def lucky(target: Array, parts: Split, copies: int = 1, z: float = 4.0) -> float:
+    """The R² on test prompts that a guess which knows nothing of ``target`` exceeds only beyond ``z`` standard errors.
+
+    With s the guess's variance over the target's, its R² has mean −s and standard deviation at most 2 sqrt(s / N), so
+    that −s + 2 z sqrt(s / N) is at most z² / N, whatever s is. N = n_test · copies · Σ λ / λ_max counts the target's
+    outputs by the eigenvalues λ of their covariance; ``copies`` are independent reshuffles that were pooled.
+    """
+    y = _rows(target, "the target")[parts.test]
+    values = np.linalg.eigvalsh(np.atleast_2d(np.cov(y.reshape(-1, y.shape[-1]), rowvar=False)))
+    return float(z**2 * values.max() / max(values.sum(), 1e-300) / (len(parts.test) * copies))
 
 
 class _Ridge:
@@ -202,11 +216,17 @@ class _Ridge:
                 weights, shift = part.solve(penalty)
                 missed[i] += np.square(scaled[outside] @ weights + shift - goal[outside]).sum(0)
         self.penalty = np.asarray(PENALTIES)[missed.argmin(0)]
+        self.inside = missed.min(0), np.square(goal - goal.mean(0)).sum(0)
         self.weights, shift = _Decomposed(scaled, goal).solve(self.penalty)
         guess = (_flat(x, parts.test) - centre) / self.size @ self.weights + shift
         truth = y[parts.test]
         self.missed = np.square(truth - guess.reshape(truth.shape)).sum(1)
         self.spread = np.square(truth - goal.mean(0)).sum(1)
+
+    def folds(self, own: slice) -> float:
+        """R² by folds over the training prompts; 0 where a target is the same in all of them."""
+        missed, spread = (float(part[own].sum()) for part in self.inside)
+        return 1 - missed / spread if spread > 0 else 0.0
 
     def direction(self, own: slice) -> NDArray[np.float64]:
         """(output, feature) in units of the unscaled features."""
@@ -244,8 +264,8 @@ def _r_squared(name: str, fitted: _Ridge, columns: Sequence[slice]) -> Interval:
     return Interval(score, low, high, share.n, share.level)
 
 
-def _fit_classes(x: Rows, y: Rows, parts: Split) -> tuple[Any, NDArray[np.float64], float]:
-    """The fitted pipeline, the share of right rows of each test prompt, and the chosen penalty."""
+def _fit_classes(x: Rows, y: Rows, parts: Split) -> tuple[Any, NDArray[np.float64], float, float]:
+    """The fitted pipeline, the share of right rows of each test prompt, the chosen penalty, its accuracy by folds."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import GridSearchCV, PredefinedSplit
     from sklearn.pipeline import make_pipeline
@@ -260,7 +280,7 @@ def _fit_classes(x: Rows, y: Rows, parts: Split) -> tuple[Any, NDArray[np.float6
     search.fit(_flat(x, parts.train), _flat(y, parts.train)[:, 0])
     guess = search.predict(_flat(x, parts.test))
     right = (guess == _flat(y, parts.test)[:, 0]).reshape(len(parts.test), -1).mean(1)
-    return search.best_estimator_, right, 1 / search.best_params_["logisticregression__C"]
+    return search.best_estimator_, right, 1 / search.best_params_["logisticregression__C"], float(search.best_score_)
 
 
 def _axes(x: Rows, parts: Split, components: int) -> NDArray[np.float64]:

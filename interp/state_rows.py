@@ -53,6 +53,7 @@ def arrays(studies: Sequence[Study], alike: Alike, asked: Plan) -> dict[str, np.
     for i, study in enumerate(studies):
         made[f"r2_{i}"] = np.stack([reading.score for reading in study.reading.values()])
         made[f"shuffled_{i}"] = np.stack([reading.shuffled for reading in study.reading.values()])
+        made[f"folds_{i}"] = np.stack([reading.folds for reading in study.reading.values()])
         made[f"untrained_{i}"] = np.stack([reading.untrained for reading in study.reading.values()])
         made[f"reach_{i}"] = remains(study, asked, total=True)
         if study.forgets is not None:
@@ -117,7 +118,7 @@ def _headline(study: Study, asked: Plan) -> Iterator[tuple[Any, ...]]:
     for target, reading in study.reading.items():
         at_end = reading.score[:, -1]
         if np.isfinite(at_end[:, 0]).any():
-            best = int(np.nanargmax(at_end[:, 0]))
+            best = reading.best
             chance = reading.shuffled[best, -1, 0]
             yield (name, f"R² of {target}, best layer", str(best), f"k={asked.last}", *at_end[best], chance, None, n)
     for part, line in zip(study.parts, study.all_layers, strict=True):

@@ -21,7 +21,7 @@ from torch import Tensor
 from hooks.errors import BadArgument
 from interp import evaluate, probe, seeds, states, variance
 from interp.arguments import whole_number
-from interp.forgetting import SITES, Forgetting, Resets, forgetting, resets
+from interp.forgetting import FACTORED, SITES, Forgetting, Resets, forgetting, resets
 from interp.metric import one_arithmetic, recovery
 from interp.similarity import coordinates, effective_rank
 from interp.stats import Interval
@@ -31,6 +31,7 @@ from interp.tasks.base import Batch, Task
 OF_EXAMPLE = ("y", "label", "outlier")
 """Variables whose entry k is about example k itself: they are looked for at its query, all others just before it."""
 SUMS = ("Xty", "XtX")
+SHUFFLES = 4
 SOME, FEW = 4, 16
 """Decays, ranks within a prompt and lengths beyond the trained one are measured on every 4th prompt, derivatives on
 every 16th (at least 8): there the cost is the model's, and the spread between prompts small."""
@@ -128,12 +129,21 @@ class Reading:
     """R² of one target by layer and number of examples k: (layer, k, 3), NaN where it was not asked.
 
     ``shuffled`` and ``untrained`` the same of the controls; ``sums`` (k, 3) from what adding up the prompt gives.
+    ``folds`` (2, layer, k): R² of the trained and the untrained model by folds over the prompts that fit the probes,
+    by which a layer is chosen. ``lucky``: what R² of shuffled targets may be by chance (``probe.lucky``).
     """
 
     score: TRIPLE
     shuffled: TRIPLE
     untrained: TRIPLE
     sums: TRIPLE
+    folds: NDArray[np.float64]
+    lucky: float
+
+    @property
+    def best(self) -> int:
+        """The layer from which most is read after the last example, judged by the prompts that fit the probes."""
+        return int(np.nanargmax(self.folds[0, :, -1]))
 
 
 @dataclass(frozen=True)
@@ -145,7 +155,7 @@ class Study:
     reading      by target
     by_count     R² of the first target, after ``last`` examples, at its best layer, by number of components
     within       effective rank of each prompt's own matrix (layer, some, k); ``across`` of vec(h) (layer, k)
-    forgets      None where the transition is not elementwise
+    forgets      None where the model shows neither decays nor transitions
     content      nested shares of the variance of ln ā; None without decays or where they never change at all
     reach        ‖∂h_t/∂x_s‖² (layer, few, s)
     norms        ‖h‖ after 1, 2, … examples of the longer prompts (layer, some, k)
@@ -187,7 +197,8 @@ def study(name: str, model: Any, untrained: Any, asked: Plan) -> Study:
     reading, by_count = _read(held, fresh, asked)
     some = batch.tokens[: asked.some]
     before = states.query(batch, asked.last) - 1
-    forgets = None if states.missing(model, SITES) else forgetting(model, some, before)
+    shown = any(not states.missing(model, sites) for sites in (SITES, FACTORED))
+    forgets = forgetting(model, some, before) if shown else None
     few = batch.tokens[: asked.few]
     where = [states.query(asked.longer, k) - 1 for k in range(1, asked.longer.y.shape[1])]
     return Study(
@@ -237,6 +248,7 @@ def _read(held: _Held, fresh: _Held, asked: Plan) -> tuple[dict[str, Reading], d
     """Ridge probes from equal numbers of principal components, each layer and k with its controls."""
     targets, layers, ks = asked.targets, len(held.rows), asked.ks
     blank = {name: np.full((4, layers, len(ks), 3), np.nan) for name in targets}
+    folds = {name: np.full((2, layers, len(ks)), np.nan) for name in targets}
     for j, k in enumerate(ks):
         for inside in (False, True):
             goal = _at(targets, k, inside, asked)
@@ -250,17 +262,22 @@ def _read(held: _Held, fresh: _Held, asked: Plan) -> tuple[dict[str, Reading], d
                     plain = _probe(fresh.rows[layer][k, inside], goal, asked, asked.components)
                 for name, one in found.items():
                     blank[name][0, layer, j] = _triple(one.score)
+                    folds[name][0, layer, j] = one.folds
                     blank[name][1, layer, j] = _triple(one.controls["shuffled"])
                     if plain is not None and name in plain:
                         blank[name][2, layer, j] = _triple(plain[name].score)
+                        folds[name][1, layer, j] = plain[name].folds
                     if name in sums:
                         blank[name][3, layer, j] = _triple(sums[name].score)
-    reading = {name: Reading(v[0], v[1], v[2], v[3, 0]) for name, v in blank.items() if np.isfinite(v[0]).any()}
+    reading = {
+        name: Reading(v[0], v[1], v[2], v[3, 0], folds[name], _lucky(targets, name, asked))
+        for name, v in blank.items()
+        if np.isfinite(v[0]).any()
+    }
     if not reading:
         raise BadArgument("none of the task's variables differs enough between these prompts to be read: give more")
     first = next(iter(reading))
-    best = int(np.nanargmax(reading[first].score[:, -1, 0]))
-    rows, goal = held.rows[best][asked.last, False], _at(targets, asked.last, False, asked)
+    rows, goal = held.rows[reading[first].best][asked.last, False], _at(targets, asked.last, False, asked)
     counts = sorted({max(1, round(asked.components * part)) for part in (0.25, 0.5, 1, 2, 4)})
     usable = [count for count in counts if count < len(asked.split.train)]
     by_count = {count: _probe(rows, {first: goal[first]}, asked, count)[first].score for count in usable}
@@ -276,13 +293,20 @@ def _probe(rows: Tensor, goal: Mapping[str, Tensor], asked: Plan, components: in
         chosen = {name: goal[name] for name in names if name not in found}
         try:
             found |= probe.ridge(
-                few, chosen, untrained=None, running_sum=None, split=asked.split, shuffles=4, seed=asked.seed
+                few, chosen, untrained=None, running_sum=None, split=asked.split, shuffles=SHUFFLES, seed=asked.seed
             )
         except BadArgument:
             continue  # all targets together, else each alone
         if len(found) == len(goal):
             break
     return found
+
+
+def _lucky(targets: Mapping[str, Tensor], name: str, asked: Plan) -> float:
+    """What R² of shuffled targets may be by chance, at the k where it may be largest."""
+    value = targets[name]
+    each = [value] if value.ndim == 2 else [value[:, k] for k in asked.ks]
+    return max(probe.lucky(one, asked.split, SHUFFLES) for one in each)
 
 
 def _at(targets: Mapping[str, Tensor], k: int, inside: bool, asked: Plan) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -56,6 +57,47 @@ def test_complex_modes_forget_by_their_modulus() -> None:
 
 
 @pytest.mark.definition
+def test_a_transition_matrix_forgets_by_its_products_and_eigenvalues() -> None:
+    """S4: against dense matrices A = Λ − P Pᴴ in numpy, made discrete by the bilinear rule."""
+    model = small("s4")
+    x = tokens()
+    found = forgetting(model, x, 8)
+    assert found.error < 1e-5
+    seen = hooks.record(model, x, "*.hook_write")
+    for layer, block in enumerate(model.blocks):
+        mixer = block.mixer
+        left = 0.0
+        write = seen[f"blocks.{layer}.mixer.hook_write"].double().numpy()
+        for channel in range(6):
+            matrix = dense(mixer, channel)
+            size = np.abs(np.linalg.eigvals(matrix))
+            assert float(found.slow[layer, 1, 3, channel]) == pytest.approx(size.max(), rel=1e-5)
+            assert float(found.log_decay[layer, 1, 3, channel]) == pytest.approx(np.log(size).mean(), rel=1e-4)
+            w = write[2, 3, channel, :3] + 1j * write[2, 3, channel, 3:]
+            arrived = np.linalg.matrix_power(matrix, 5) @ np.concatenate([w, w.conj()])
+            left += float((np.abs(arrived[:3]) ** 2).sum())
+        assert float(found.left[layer, 2, 3]) == pytest.approx(left, rel=1e-4)
+
+
+def dense(mixer: Any, channel: int) -> np.ndarray:
+    """(I − Δ/2 A)⁻¹ (I + Δ/2 A) of the states and their conjugates, by which each state stands for a pair."""
+    system, step = mixer.system(torch.float64), float(mixer.log_dt[channel].detach().exp())
+    diagonal, low = (part[channel].detach().numpy() for part in (system.diagonal, system.low_rank))
+    whole, both = np.concatenate([diagonal, diagonal.conj()]), np.concatenate([low, low.conj()])
+    A, one = np.diag(whole) - np.outer(both, both.conj()), np.eye(len(whole))
+    return np.asarray(np.linalg.solve(one - step / 2 * A, one + step / 2 * A))
+
+
+@pytest.mark.planted
+def test_a_cut_transition_leaves_nothing() -> None:
+    model = small("s4")
+    with hooks.edit(model, {"*.hook_transition": hooks.zero(pos=4)}):
+        cut = forgetting(model, tokens(), 7)
+    assert bool((cut.left[:, :, :4] == 0).all()) and bool((cut.left[:, :, 4:] > 0).all())
+    assert cut.error < 1e-5 and float(cut.slow[:, :, 4].max()) < 1e-30
+
+
+@pytest.mark.definition
 def test_what_is_lost_weighs_modes_by_what_they_hold() -> None:
     """One channel, two modes with decays ½ and 1 that hold 3 and 1: (¼·9 + 1) / 10 is kept."""
     model = small("mamba", d_state=2, n_layers=1, expand=1, d_model=1)
@@ -84,10 +126,10 @@ def test_a_decay_of_zero_leaves_nothing_and_no_decay_leaves_everything() -> None
 
 
 @pytest.mark.law
-@pytest.mark.parametrize("architecture", ["mamba", "s4d"])
+@pytest.mark.parametrize("architecture", ["mamba", "s4d", "s4"])
 def test_the_reconstruction_fails_for_states_that_the_recurrence_did_not_make(architecture: str) -> None:
     model = small(architecture)
-    assert forgetting(model, tokens(), 7).error < 1e-6
+    assert forgetting(model, tokens(), 7).error < 1e-5
     with hooks.edit(model, {"blocks.1.mixer.hook_state": hooks.scale(1.1)}, readout_only=True):
         assert forgetting(model, tokens(), 7).error > 0.05
 
