@@ -88,6 +88,7 @@ def run(config: Config) -> Trained:
     import models
     from hooks.errors import BadArgument
     from interp import tasks
+    from interp.tasks.base import model_shape
     from interp.train import train
     from models import checkpoint
 
@@ -97,7 +98,7 @@ def run(config: Config) -> Trained:
         torch.set_num_threads(config.threads)
     recipe = resolve(config)
     task = tasks.build(recipe.task, **recipe.task_config)
-    shape = {"d_in": task.d_token, "d_out": task.d_out, **recipe.model_config}
+    shape = {**model_shape(task), **recipe.model_config}
     checkpoint.check_card(recipe.as_dict())
     build = partial(models.build, recipe.model, **shape)
     out = config.out or Path("out") / "train" / _folder(config, recipe)

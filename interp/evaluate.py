@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from hooks.errors import NonFinite
 from interp import seeds
 from interp.arguments import whole_number
-from interp.tasks.base import Batch, Model, Task, at_the_query
+from interp.tasks.base import Batch, Model, Task, TokenTask, at_the_query
 
 
 def prompts(task: Task, n: int = 1280, seed: int = 0, purpose: str = "evaluate") -> Batch:
@@ -37,7 +37,7 @@ def errors(
     query_only: bool = False,
 ) -> Float[Tensor, "n n_asked"]:
     """``task.error`` of each prompt and example, on the CPU: squared error ÷ ``task.scale`` in regression, where 1
-    is predicting zero; 0/1 in classification.
+    is predicting zero; 0/1 in classification; nats where the answer is random.
 
     ``batch`` gives prompts instead of drawing them (then n, seed and purpose are not used). ``query_only`` asks for
     the last example alone, which is one forward for any task: (n, 1). Otherwise (n, n_pairs).
@@ -52,7 +52,7 @@ def errors(
 
 def predictions(
     model: Model, task: Task, batch: Batch, batch_size: int = 256, *, query_only: bool = False
-) -> Float[Tensor, "n n_asked"]:
+) -> Float[Tensor, "n n_asked *out"]:
     """The model's prediction of every example, or with ``query_only`` of the last one, on the CPU.
 
     The model runs without gradients and in eval mode; each submodule's mode is put back, also if it
@@ -65,10 +65,18 @@ def predictions(
     with torch.no_grad(), _evaluating(model):
         for start in range(0, len(batch), batch_size):
             part = _fit(batch.take(slice(start, start + batch_size)), model)
-            made = at_the_query(model, part, task.d_out) if query_only else task.predict(model, part)
+            made = _predict(model, task, part, query_only)
             _check_finite("prediction", made, start, part)
             parts.append(made.detach().cpu())
     return torch.cat(parts)
+
+
+def _predict(model: Model, task: Task, batch: Batch, query_only: bool) -> Float[Tensor, "n n_asked *out"]:
+    """The prediction of every example or of the last; one forward answers all of them where tokens are integers."""
+    if query_only and not isinstance(task, TokenTask):
+        return at_the_query(model, batch, task.d_out)
+    made = task.predict(model, batch)
+    return made[:, -1:] if query_only else made
 
 
 def summary(
@@ -123,14 +131,14 @@ def _fit(batch: Batch, model: Model) -> Batch:
     return dataclasses.replace(batch, tokens=batch.tokens.to(first.dtype))
 
 
-def _check_finite(what: str, values: Float[Tensor, "batch n_asked"], start: int, batch: Batch) -> None:
+def _check_finite(what: str, values: Float[Tensor, "batch n_asked *out"], start: int, batch: Batch) -> None:
     """Nothing, or ``NonFinite`` that names the first prompt and example."""
     bad = (~values.isfinite()).nonzero()
     if len(bad):
         prompt, column = int(bad[0, 0]), int(bad[0, 1])
         k = column + batch.targets.shape[1] - values.shape[1]
         raise NonFinite(
-            f"the {what} of prompt {start + prompt}, example {k} is {float(values[prompt, column])}; "
+            f"the {what} of prompt {start + prompt}, example {k} is {float(values[tuple(bad[0])])}; "
             f"{len(bad)} of {values.numel()} in this batch are not finite: run the model on that "
             f"prompt with hooks.record to see where it starts"
         )

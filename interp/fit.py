@@ -27,10 +27,12 @@ from tqdm import tqdm
 from hooks.errors import NonFinite, RunFailed
 from interp import evaluate, recipe, resume, seeds
 from interp.recipe import TrainConfig
-from interp.tasks.base import Batch, Task
+from interp.tasks.base import Batch, Task, guess
 
 VALIDATION_PROMPTS = 256
 UNDECAYED = {"A", "D", "dt", "delta"}
+RIVALS = {"ols": "OLS", "bayes": "Bayes"}
+"""The baselines that are followed during a training, where a task has them, and how they are written."""
 
 
 class BlewUp(NonFinite):
@@ -245,7 +247,7 @@ def measuring(run: Run, n: int, purpose: str) -> Callable[[nn.Module], Measured]
     ks = tuple(range(task.n_pairs))[-asked.targets.shape[1] :]
     rivals = {name: error[:, -len(ks) :] / task.scale for name, error in task.baselines(batch).items()}
     # Of a prediction that is known: a model's own would not do, its hinge and its error can both be 0.
-    nothing = torch.zeros_like(asked.targets)
+    nothing = guess(task, asked)
     alike = torch.equal(task.loss(nothing, asked) / task.scale, task.error(nothing, asked))
 
     def measure(model: nn.Module) -> Measured:
@@ -280,8 +282,9 @@ def _row(progress: dict[str, Any], rate: float, task: Task, found: Measured) -> 
     if not found.alike:
         row["validation_loss"] = float(found.loss.mean())
     row |= {f"error_k{k}": float(found.at(found.error, k).mean()) for k in task.report_ks}
-    if "ols" in found.rivals:
-        row |= {f"ols_k{k}": float(found.at(found.rivals["ols"], k).mean()) for k in task.report_ks}
+    for name in RIVALS:
+        if name in found.rivals:
+            row |= {f"{name}_k{k}": float(found.at(found.rivals[name], k).mean()) for k in task.report_ks}
     return row | {"seconds": round(progress["seconds"], 3)}
 
 
@@ -291,5 +294,6 @@ def _postfix(row: dict[str, Any]) -> str:
         return f"error {row['error_mean']:.4f}"
     key = keys[min(1, len(keys) - 1)]
     text = f"k={key.removeprefix('error_k')}: error {row[key]:.4f}"
-    beside = {"OLS": row.get(key.replace("error", "ols")), "loss": row.get("validation_loss")}
+    beside = {shown: row.get(key.replace("error", name)) for name, shown in RIVALS.items()}
+    beside["loss"] = row.get("validation_loss")
     return ", ".join([text, *(f"{name} {value:.4f}" for name, value in beside.items() if value is not None)])

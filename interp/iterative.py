@@ -85,7 +85,7 @@ def gd_path(x: X, y: Y, steps: int, rate: float | None = None, *, spectrum: Spec
     """
     whole_number("steps", steps, least=0)
     of = spectrum or Spectrum.of(x, y)
-    eta = of.best_rate() if rate is None else _positive("rate", rate)
+    eta = of.best_rate() if rate is None else positive("rate", rate)
     shrink = 1 - eta * of.values
     return of.predict(torch.stack([shrink**t for t in range(steps + 1)])).to(y)
 
@@ -119,7 +119,7 @@ def gdpp_path(
     if form == "once":
         values = _rounder(values, gamma)
     for _ in range(steps):
-        eta = of.best_rate(values) if rate is None else _positive("rate", rate)
+        eta = of.best_rate(values) if rate is None else positive("rate", rate)
         missing = missing * (1 - eta * values)
         path.append(missing)
         if form == "iterated":
@@ -155,7 +155,7 @@ def online_gd_path(x: X, y: Y, settings: Sequence[tuple[float, float]], form: st
     """
     one_of("form", form, ("residual", "label"))
     for rate, forgetting in settings:
-        _positive("rate", rate)
+        positive("rate", rate)
         if not 0 < forgetting <= 1:
             raise BadArgument(f"forgetting={forgetting!r} does not work; give a number in (0, 1]; 1 forgets nothing")
     inputs, labels = x.detach().cpu().double(), y.detach().double().cpu()
@@ -184,11 +184,12 @@ def sums_before(terms: Float[Tensor, "batch n_pairs *rest"]) -> Float[Tensor, "b
 def _rounder(values: Eigen, gamma: float | None) -> Eigen:
     """The eigenvalues of A after x ← (I - γ A) x."""
     top = values.amax(-1, keepdim=True)
-    contraction = values / (3 * top.masked_fill(top == 0, 1.0)) if gamma is None else _positive("gamma", gamma) * values
+    contraction = values / (3 * top.masked_fill(top == 0, 1.0)) if gamma is None else positive("gamma", gamma) * values
     return values * (1 - contraction).square()
 
 
-def _positive(name: str, value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
-        raise BadArgument(f"{name}={value!r} does not work; give a positive number")
+def positive(name: str, value: object, hint: str = "") -> float:
+    """``value`` as a float, if it is a finite number above 0; else ``BadArgument``."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+        raise BadArgument(f"{name}={value!r} does not work; give a positive number{hint}")
     return float(value)

@@ -54,8 +54,9 @@ class Trained:
         """A few lines for a terminal: the errors against the classical ones, the cost, the folder."""
         measured = self.card["measured"]
         # The file keeps its keys in alphabetical order: k=10 before k=5.
-        rows = sorted(measured["model"], key=lambda key: (len(key), key))
-        shown = [name for name in ("model", "ols", "ridge", "vote", "clean_vote") if name in measured]
+        rows = sorted(measured["model"], key=lambda key: (key == "mean", len(key), key))
+        rivals = ("ols", "ridge", "vote", "clean_vote", "bayes", "entropy", "chance")
+        shown = [name for name in ("model", *rivals) if name in measured]
         lines = ["error on fresh prompts".ljust(24) + "".join(name.rjust(18) for name in shown)]
         for key in rows:
             cells = (measured[name][key] for name in shown)

@@ -7,17 +7,35 @@ from typing import Any
 
 from hooks.errors import BadArgument, unknown
 from interp.arguments import known_options
-from interp.tasks.base import Batch, Task
-from interp.tasks.linreg import LinearRegression
+from interp.tasks.base import Batch, Task, TokenTask
+from interp.tasks.decision_tree import decision_tree
+from interp.tasks.linreg import linear_regression
+from interp.tasks.markov import Markov
+from interp.tasks.mqar import AssociativeRecall
 from interp.tasks.outlier_linreg import OutlierLinearRegression
 from interp.tasks.outliers import Outliers
+from interp.tasks.polynomial import polynomial
+from interp.tasks.relu_net import relu_network
+from interp.tasks.selective_copy import SelectiveCopy
+from interp.tasks.single_index import single_index
+from interp.tasks.sparse_linreg import sparse_linear_regression
+from interp.tasks.sparse_parity import SparseParity
 
-__all__ = ["TASKS", "Batch", "Task", "build", "names"]
+__all__ = ["TASKS", "Batch", "Task", "TokenTask", "build", "names"]
 
 TASKS: dict[str, Callable[..., Task]] = {
-    "linreg": LinearRegression,
-    "outlier_linreg": OutlierLinearRegression,
+    "linreg": linear_regression,
+    "sparse_linreg": sparse_linear_regression,
+    "polynomial": polynomial,
+    "relu_net": relu_network,
+    "decision_tree": decision_tree,
+    "single_index": single_index,
     "outliers": Outliers,
+    "outlier_linreg": OutlierLinearRegression,
+    "markov": Markov,
+    "mqar": AssociativeRecall,
+    "selective_copy": SelectiveCopy,
+    "sparse_parity": SparseParity,
 }
 
 

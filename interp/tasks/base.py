@@ -2,17 +2,21 @@
 
 Example k (k = 0 … n_pairs - 1) is the prediction of y_k by a model that has seen the k pairs
 before it and x_k. Every error in this project has the axes (batch, example k).
+
+Tokens are vectors (``Task``) or integers (``TokenTask``). Of integers a prediction is the logarithm of a probability
+for each token of the vocabulary, (batch, example k, vocabulary), and the loss is -log p(target), in nats.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Real
 from torch import Tensor
 
 from hooks.errors import BadArgument
@@ -25,21 +29,24 @@ Model = Callable[..., Any]
 class Batch:
     """Prompts, and what lies behind them.
 
-    tokens   what the model is called with
+    tokens   what the model is called with: vectors (batch, pos, d_token), or integers (batch, pos)
     targets  what example k is compared with
     read     positions of ``tokens`` at which predictions are read: one for each example, or only
              the last example's where the query is a token of its own kind
     kinds    for each position of ``tokens``, the index of its kind in ``task.kinds``
-    x, y     the pairs, each label with its input
+    x, y     the pairs, each label with its input; where tokens are integers, the token at which example k is
+             read (batch, n_pairs, 1) and its target
     truth    what the sampler drew and the model is not told; the first axis is the prompt
+
+    ``read`` and ``kinds`` are one row for all prompts, or a row for each prompt where the places differ.
     """
 
-    tokens: Float[Tensor, "batch pos d_token"]
-    targets: Float[Tensor, "batch n_pairs"]
-    read: Int[Tensor, " n_read"]
-    kinds: Int[Tensor, " pos"]
-    x: Float[Tensor, "batch n_pairs d"]
-    y: Float[Tensor, "batch n_pairs"]
+    tokens: Real[Tensor, "batch pos *d_token"]
+    targets: Real[Tensor, "batch n_pairs"]
+    read: Int[Tensor, "... n_read"]
+    kinds: Int[Tensor, "... pos"]
+    x: Real[Tensor, "batch n_pairs d"]
+    y: Real[Tensor, "batch n_pairs"]
     truth: Mapping[str, Tensor]
 
     def __len__(self) -> int:
@@ -52,6 +59,8 @@ class Batch:
             self,
             tokens=self.tokens[prompts],
             targets=self.targets[prompts],
+            read=self.read if self.read.ndim == 1 else self.read[prompts],
+            kinds=self.kinds if self.kinds.ndim == 1 else self.kinds[prompts],
             x=self.x[prompts],
             y=self.y[prompts],
             truth={name: value[prompts] for name, value in self.truth.items()},
@@ -60,7 +69,7 @@ class Batch:
     def last(self) -> Batch:
         """The same prompts of which only the last example is asked: ``targets``, ``x``, ``y`` and ``read`` of it."""
         return dataclasses.replace(
-            self, targets=self.targets[:, -1:], x=self.x[:, -1:], y=self.y[:, -1:], read=self.read[-1:]
+            self, targets=self.targets[:, -1:], x=self.x[:, -1:], y=self.y[:, -1:], read=self.read[..., -1:]
         )
 
     def to(self, device: torch.device | str) -> Batch:
@@ -102,7 +111,7 @@ class Task(Protocol):
 
     @property
     def d_token(self) -> int:
-        """Width of one token, the model's ``d_in``."""
+        """Width of one token, the model's ``d_in``; 1 where tokens are integers."""
         ...
 
     @property
@@ -112,7 +121,7 @@ class Task(Protocol):
 
     @property
     def scale(self) -> float:
-        """E[y²], so that predicting zero has error 1 after division by it."""
+        """E[y²], so that predicting zero has error 1 after division by it; 1 where the loss is in nats."""
         ...
 
     @property
@@ -152,7 +161,7 @@ class Task(Protocol):
         """The same inputs and shapes with the task variable, hence the labels, drawn anew."""
         ...
 
-    def predict(self, model: Model, batch: Batch) -> Float[Tensor, "batch n_pairs"]:
+    def predict(self, model: Model, batch: Batch) -> Float[Tensor, "batch n_pairs *out"]:
         """The model's prediction of every example; no gradient is switched off here."""
         ...
 
@@ -164,12 +173,14 @@ class Task(Protocol):
         """
         ...
 
-    def loss(self, prediction: Float[Tensor, "batch n_pairs"], batch: Batch) -> Float[Tensor, "batch n_pairs"]:
-        """What is trained (squared error, hinge) for each example, not divided by ``scale``."""
+    def loss(self, prediction: Float[Tensor, "batch n_pairs *out"], batch: Batch) -> Float[Tensor, "batch n_pairs"]:
+        """What is trained (squared error, hinge, nats) for each example, not divided by ``scale``."""
         ...
 
-    def error(self, prediction: Float[Tensor, "batch n_pairs"], batch: Batch) -> Float[Tensor, "batch n_pairs"]:
-        """What is reported for each example: squared error ÷ ``scale`` in regression, 0/1 in classification."""
+    def error(self, prediction: Float[Tensor, "batch n_pairs *out"], batch: Batch) -> Float[Tensor, "batch n_pairs"]:
+        """What is reported for each example: squared error ÷ ``scale`` in regression, 0/1 in classification, nats
+        where the answer is random.
+        """
         ...
 
     def variables(self, batch: Batch) -> dict[str, Tensor]:
@@ -181,21 +192,49 @@ class Task(Protocol):
         ...
 
 
-def outputs(model: Model, tokens: Float[Tensor, "batch pos d_token"], d_out: int) -> Float[Tensor, "batch pos d_out"]:
+@runtime_checkable
+class TokenTask(Task, Protocol):
+    """A task whose tokens are integers: its model is a language model over its vocabulary (``head="lm"``)."""
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of different tokens, 0 … vocabulary - 1; ``d_out`` is the same number."""
+        ...
+
+
+def model_shape(task: Task) -> dict[str, Any]:
+    """The fields of a model's config that the task settles: ``d_in``, ``d_out``, and ``head`` for integer tokens."""
+    shape: dict[str, Any] = {"d_in": task.d_token, "d_out": task.d_out}
+    return {**shape, "head": "lm"} if isinstance(task, TokenTask) else shape
+
+
+def guess(task: Task, batch: Batch) -> Float[Tensor, "batch n_pairs *out"]:
+    """A prediction that knows nothing: 0, or the same probability for every token of the vocabulary."""
+    if isinstance(task, TokenTask):
+        return torch.full((*batch.targets.shape, task.vocabulary), -math.log(task.vocabulary))
+    return torch.zeros_like(batch.targets)
+
+
+def outputs(model: Model, tokens: Real[Tensor, "batch pos *d_token"], d_out: int) -> Float[Tensor, "batch pos d_out"]:
     """``model(tokens)``, once it is sure that the model fits the task.
 
     Raises ``BadArgument`` if ``model.cfg.d_in`` is not the width of a token (torch would only say
-    that two matrices do not match), or if the output is not (batch, pos, d_out): indexing and
-    broadcasting would carry on with another shape and give a number.
+    that two matrices do not match), if tokens are integers and the model is no language model, or
+    if the output is not (batch, pos, d_out): indexing and broadcasting would carry on with another
+    shape and give a number.
     """
-    _check_width(model, tokens.shape[-1])
+    if tokens.ndim == 2:
+        _check_head(model, d_out)
+    else:
+        _check_width(model, tokens.shape[-1])
     out = model(tokens)
     wanted = (*tokens.shape[:2], d_out)
     if not isinstance(out, Tensor) or tuple(out.shape) != wanted:
         found = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+        head = 'head="lm"' if tokens.ndim == 2 else "a regression head"
         raise BadArgument(
             f"the model gave {found} for tokens {tuple(tokens.shape)}; the task needs {wanted} "
-            f"(batch, pos, d_out): build the model with a regression head of d_out={d_out}"
+            f"(batch, pos, d_out): build the model with {head} of d_out={d_out}"
         )
     return out
 
@@ -214,6 +253,57 @@ def same_shape(prediction: Tensor, batch: Batch) -> None:
         raise BadArgument(
             f"the prediction is {tuple(prediction.shape)} and the targets are "
             f"{tuple(batch.targets.shape)}; give one prediction for each example"
+        )
+
+
+def log_probabilities(model: Model, batch: Batch, d_out: int) -> Float[Tensor, "batch n_pairs d_out"]:
+    """log p of every token of the vocabulary at each example, out of one forward; in at least fp32.
+
+    ``batch.read`` has one position for each example.
+    """
+    logits = outputs(model, batch.tokens, d_out)
+    read = batch.read.expand(len(batch), -1)
+    picked = logits.gather(1, read[..., None].expand(-1, -1, d_out))
+    return picked.to(torch.promote_types(picked.dtype, torch.float32)).log_softmax(dim=-1)
+
+
+def nats(
+    prediction: Float[Tensor, "batch n_pairs vocabulary"], batch: Batch, vocabulary: int
+) -> Float[Tensor, "batch n_pairs"]:
+    """-log p(target) of each example."""
+    _check_vocabulary(prediction, batch, vocabulary)
+    return -prediction.gather(-1, batch.targets[..., None])[..., 0]
+
+
+def wrong(
+    prediction: Float[Tensor, "batch n_pairs vocabulary"], batch: Batch, vocabulary: int
+) -> Float[Tensor, "batch n_pairs"]:
+    """1 where the most probable token is not the target, 0 where it is; 1 - 1/m where m tokens share that place."""
+    _check_vocabulary(prediction, batch, vocabulary)
+    best = prediction == prediction.amax(dim=-1, keepdim=True)
+    hit = best.gather(-1, batch.targets[..., None])[..., 0]
+    return 1 - hit.to(prediction) / best.sum(dim=-1)
+
+
+def token_batch(
+    tokens: Int[Tensor, "batch pos"],
+    targets: Int[Tensor, "batch n_pairs"],
+    read: Int[Tensor, "... n_pairs"],
+    kinds: Int[Tensor, "... pos"],
+    truth: Mapping[str, Tensor],
+) -> Batch:
+    """The batch of integer tokens with these targets; x is the token at which each example is read."""
+    x = tokens.gather(1, read.expand(len(tokens), -1))
+    return Batch(tokens, targets, read, kinds, x=x[..., None], y=targets, truth=truth)
+
+
+def _check_vocabulary(prediction: Tensor, batch: Batch, vocabulary: int) -> None:
+    """Nothing, or ``BadArgument``: gathering would read another shape's numbers."""
+    wanted = (*batch.targets.shape, vocabulary)
+    if tuple(prediction.shape) != wanted:
+        raise BadArgument(
+            f"the prediction is {tuple(prediction.shape)} and the task needs {wanted}; give one prediction for each "
+            f"example, with log p of each of the {vocabulary} tokens"
         )
 
 
@@ -256,6 +346,17 @@ def _check_width(model: Model, d_token: int) -> None:
         raise BadArgument(
             f"the model reads tokens of width {d_in} and the task makes them {d_token} wide; build "
             f"the task with the config in model.card, or the model with d_in={d_token}"
+        )
+
+
+def _check_head(model: Model, d_out: int) -> None:
+    """Nothing, unless the model says what it reads and that is not integers, or another vocabulary."""
+    cfg = getattr(model, "cfg", None)
+    head, size = getattr(cfg, "head", "lm"), getattr(cfg, "d_out", d_out)
+    if (head, size) != ("lm", d_out):
+        raise BadArgument(
+            f'the model has head="{head}" of d_out={size} and the task makes integer tokens of a vocabulary of '
+            f'{d_out}; build the model with head="lm", d_out={d_out}'
         )
 
 

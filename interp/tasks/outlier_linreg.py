@@ -19,7 +19,7 @@ from hooks.errors import BadArgument
 from interp import estimators
 from interp.arguments import between, one_of, whole_number
 from interp.tasks.base import Batch, Model, at_each_query, outputs, same_shape
-from interp.tasks.linreg import LinearRegression
+from interp.tasks.linreg import linear_regression
 
 OUTLIERS = {"orthogonal": (0.5, 5), "ones": (0.9, 25)}
 """Kind of outlier: the paper's probability of it, and its number of pairs ÷ d (101 and 512 pairs for d = 20)."""
@@ -29,7 +29,7 @@ NEEDED = 3
 
 
 class OutlierLinearRegression:
-    """``LinearRegression`` (its d, n_pairs, tokens, covariance) whose pairs are outliers with probability ``p``.
+    """Linear regression (its d, n_pairs, tokens, covariance) whose pairs are outliers with probability ``p``.
 
     outlier        "orthogonal": x and the label's token are two draws of r (a u + b v), u and v orthonormal and
                    orthogonal to w, (a, b) uniform on the circle. "ones": both are all ones.
@@ -76,7 +76,7 @@ class OutlierLinearRegression:
         self.outlier = one_of("outlier", outlier, OUTLIERS)
         usual, pairs = OUTLIERS[self.outlier]
         whole_number("d", d, least=1)
-        self.clean = LinearRegression(d, pairs * d + 1 if n_pairs is None else n_pairs, tokens, covariance)
+        self.clean = linear_regression(d, pairs * d + 1 if n_pairs is None else n_pairs, tokens, covariance)
         self.p = between("p", usual if p is None else p, 0.0, 1.0)
         self.orthogonal_to = one_of("orthogonal_to", orthogonal_to, ORTHOGONAL_TO)
         self.per = one_of("per", per, PER)
@@ -112,7 +112,7 @@ class OutlierLinearRegression:
     @property
     def tokens(self) -> str:
         """The layout of the tokens: interleaved or joint."""
-        return self.clean.tokens
+        return self.clean.layout.tokens
 
     @property
     def d_token(self) -> int:
@@ -121,7 +121,7 @@ class OutlierLinearRegression:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """The kinds of token, those of ``LinearRegression``."""
+        """The kinds of token, those of linear regression."""
         return self.clean.kinds
 
     @property
@@ -221,7 +221,7 @@ class OutlierLinearRegression:
     def variables(self, batch: Batch) -> dict[str, Tensor]:
         """What a solver could hold; entry k uses the k pairs before example k, and is 0 at k = 0.
 
-        w, XtX, Xty, w_ols, y   as in ``LinearRegression``, of the pairs in the tokens, outliers and all
+        w, XtX, Xty, w_ols, y   as in linear regression, of the pairs in the tokens, outliers and all
         clean_XtX, clean_Xty, clean_ols   the same of the clean ones
         outlier                 (batch, n_pairs), 1 where example k is one, else 0
         """

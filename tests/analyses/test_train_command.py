@@ -19,6 +19,7 @@ import models
 from analyses import train as command
 from hooks.errors import BadArgument
 from interp import cli, evaluate, recipe, resume, tasks
+from interp.tasks.base import model_shape
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = [
@@ -37,11 +38,11 @@ def config(*argv: str) -> command.Config:
 def test_every_recipe_is_a_whole_recipe_of_a_model_that_can_be_built(name: str) -> None:
     bundled = command.resolve(config("--recipe", name))
     task = tasks.build(bundled.task, **bundled.task_config)
-    shape = {"d_in": task.d_token, "d_out": task.d_out, **bundled.model_config}
+    shape = {**model_shape(task), **bundled.model_config}
     model = models.build(bundled.model, **shape)
     with torch.no_grad():
         batch = evaluate.prompts(task, 2)
-        assert task.predict(model, batch).shape == (2, task.n_pairs)
+        assert task.predict(model, batch).shape[:2] == (2, task.n_pairs)
     assert task.report_ks and max(task.report_ks) < task.n_pairs
     assert task.query_only or task.n_pairs >= 4 * task.d + 1
     assert len(bundled.learning_rates) >= 3
@@ -60,7 +61,7 @@ def test_compared_recipes_are_fair(first: str) -> None:
         for field in ("task_config", "steps", "batch_size", "seed", "curriculum", "search_steps"):
             assert getattr(other, field) == getattr(ours, field), (name, field)
         task = tasks.build(other.task, **other.task_config)
-        shape = {"d_in": task.d_token, "d_out": task.d_out, **other.model_config}
+        shape = {**model_shape(task), **other.model_config}
         model = models.build(other.model, **shape)
         sizes[name] = sum(parameter.numel() for parameter in model.parameters())
     assert len(sizes) > 3 and max(sizes.values()) <= 1.1 * min(sizes.values()), sizes

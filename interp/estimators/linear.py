@@ -1,62 +1,19 @@
-"""Classical estimators of in-context regression: example k is predicted from the k pairs before it.
-
-``estimators.build("ridge", alpha=0.1)(batch)`` has the axes (batch, example k) of the task's loss.
-Everything is computed in fp64 on the CPU and comes back in the dtype and on the device of ``y``:
-these are the exact values that a trained model is held against.
-"""
+"""Predictions w_k · x_k: least squares, ridge, the posterior mean and averaging."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from typing import Any, Protocol
 
 import torch
 from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
-from hooks.errors import BadArgument, unknown
-from interp import iterative
-from interp.arguments import known_options, whole_number
-from interp.iterative import sums_before
+from interp.arguments import between
+from interp.estimators.base import Estimator, Pairs
+from interp.iterative import positive, sums_before
 
 DEPENDENT = 1e-10
 """A direction of the inputs smaller than this, relative to the largest, is absent. Repeated
 inputs and zero coordinates leave fp64 rounding, 1e-16; what was drawn in fp32 is 1e-7 or more."""
-
-
-class Pairs(Protocol):
-    """What an estimator looks at; a ``Batch`` is one."""
-
-    @property
-    def x(self) -> Float[Tensor, "batch n_pairs d"]:
-        """The inputs."""
-        ...
-
-    @property
-    def y(self) -> Float[Tensor, "batch n_pairs"]:
-        """The labels; entry k is not used for the prediction of example k or any before it."""
-        ...
-
-
-Estimator = Callable[[Pairs], Tensor]
-"""``estimator(pairs) -> (batch, n_pairs)`` predictions."""
-
-
-def names() -> list[str]:
-    """The names that ``build`` takes."""
-    return list(ESTIMATORS)
-
-
-def build(name: str, **config: Any) -> Estimator:
-    """The estimator called ``name``, a function of a batch that gives its predictions.
-
-    Raises ``BadArgument`` for a name or an option that does not exist, with the nearest that does.
-    """
-    if name not in ESTIMATORS:
-        raise BadArgument(unknown("estimator", name, ESTIMATORS))
-    known_options(name, ESTIMATORS[name], config)
-    return ESTIMATORS[name](**config)
 
 
 def ols() -> Estimator:
@@ -69,60 +26,25 @@ def ridge(alpha: float = 1.0) -> Estimator:
 
     With w ~ N(0, I) and label noise of variance alpha this is the Bayes predictor.
     """
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not alpha > 0:
-        raise BadArgument(f'alpha={alpha!r} does not work; give a positive number ("ols" has none)')
+    positive("alpha", alpha, ' ("ols" has none)')
     return lambda pairs: _apply(ridge_weights(pairs.x, pairs.y, alpha), pairs)
+
+
+def bayes(noise: float, prior: float = 1.0) -> Estimator:
+    """The posterior mean of y_k if w ~ N(0, prior² I) and labels carry N(0, noise²); 0 at k = 0.
+
+    It is ridge with alpha = noise² / prior². Without noise it is least squares of minimum norm, the
+    limit alpha → 0. No estimator has a smaller squared error on such prompts, whatever law x has.
+    Labels that are scaled together, noise included, leave alpha as it is.
+    """
+    between("noise", noise, 0.0)
+    positive("prior", prior)
+    return ols() if noise == 0 else ridge((noise / prior) ** 2)
 
 
 def averaging() -> Estimator:
     """w = (1/k) Σ_{i<k} y_i x_i, one gradient step from zero if x ~ N(0, I); 0 at k = 0."""
     return lambda pairs: _apply(averaging_weights(pairs.x, pairs.y), pairs)
-
-
-def knn(neighbours: int = 3) -> Estimator:
-    """The plain mean of the labels of the ``neighbours`` nearest inputs; of all k, if k is smaller.
-
-    0 at k = 0.
-    """
-    whole_number("neighbours", neighbours, least=1)
-    return lambda pairs: _nearest(pairs, neighbours)
-
-
-def gd(steps: int, rate: float | None = None) -> Estimator:
-    """``steps`` steps of gradient descent from w = 0 (``iterative.gd_path``); towards ``ols``."""
-    return lambda pairs: iterative.gd_path(pairs.x, pairs.y, steps, rate)[-1]
-
-
-def gdpp(
-    steps: int,
-    rate: float | None = None,
-    gamma: float | None = None,
-    form: str = "iterated",
-) -> Estimator:
-    """``steps`` steps of GD++, preconditioned by I - γ A (``iterative.gdpp_path`` says how); towards ``ols``."""
-    return lambda pairs: iterative.gdpp_path(pairs.x, pairs.y, steps, rate, gamma, form)[-1]
-
-
-def newton(steps: int) -> Estimator:
-    """``steps`` steps of Newton's iteration for the inverse (``iterative.newton_path``); towards ``ols``, fast."""
-    return lambda pairs: iterative.newton_path(pairs.x, pairs.y, steps)[-1]
-
-
-def online_gd(rate: float, forgetting: float = 1.0, form: str = "residual") -> Estimator:
-    """One pass through the pairs, each a gradient step (``iterative.online_gd_path``); 0 at k = 0."""
-    return lambda pairs: iterative.online_gd_path(pairs.x, pairs.y, [(rate, forgetting)], form)[0]
-
-
-ESTIMATORS: dict[str, Callable[..., Estimator]] = {
-    "ols": ols,
-    "ridge": ridge,
-    "averaging": averaging,
-    "knn": knn,
-    "gd": gd,
-    "gdpp": gdpp,
-    "newton": newton,
-    "online_gd": online_gd,
-}
 
 
 def moments(
@@ -204,18 +126,3 @@ def _apply(weights: Float[Tensor, "batch n_pairs d"], pairs: Pairs) -> Tensor:
     """w_k · x_k for each example, summed in fp64."""
     product = einsum(weights.double(), pairs.x.double(), "b k i, b k i -> b k")
     return product.to(pairs.y)
-
-
-def _nearest(pairs: Pairs, neighbours: int) -> Tensor:
-    """Mean label of the nearest earlier inputs, (batch, n_pairs)."""
-    x, y = pairs.x.double().cpu(), pairs.y.double().cpu()
-    n_pairs = y.shape[1]
-    # The default distance uses a matrix product, whose cancellation can swap close neighbours.
-    distance = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")
-    later = torch.ones(n_pairs, n_pairs, dtype=torch.bool).triu()
-    distance = distance.masked_fill(later, torch.inf)
-    nearest, index = distance.topk(min(neighbours, n_pairs), dim=-1, largest=False)
-    seen = nearest.isfinite()
-    labels = y[:, None, :].expand(-1, n_pairs, -1).gather(-1, index)
-    mean = (labels * seen).sum(dim=-1) / seen.sum(dim=-1).clamp(min=1)
-    return mean.to(pairs.y)

@@ -1,0 +1,31 @@
+"""The last step of each solver of ``interp.iterative``, which has all steps."""
+
+from __future__ import annotations
+
+from interp import iterative
+from interp.estimators.base import Estimator
+
+
+def gd(steps: int, rate: float | None = None) -> Estimator:
+    """``steps`` steps of gradient descent from w = 0 (``iterative.gd_path``); towards ``ols``."""
+    return lambda pairs: iterative.gd_path(pairs.x, pairs.y, steps, rate)[-1]
+
+
+def gdpp(
+    steps: int,
+    rate: float | None = None,
+    gamma: float | None = None,
+    form: str = "iterated",
+) -> Estimator:
+    """``steps`` steps of GD++, preconditioned by I - γ A (``iterative.gdpp_path`` says how); towards ``ols``."""
+    return lambda pairs: iterative.gdpp_path(pairs.x, pairs.y, steps, rate, gamma, form)[-1]
+
+
+def newton(steps: int) -> Estimator:
+    """``steps`` steps of Newton's iteration for the inverse (``iterative.newton_path``); towards ``ols``, fast."""
+    return lambda pairs: iterative.newton_path(pairs.x, pairs.y, steps)[-1]
+
+
+def online_gd(rate: float, forgetting: float = 1.0, form: str = "residual") -> Estimator:
+    """One pass through the pairs, each a gradient step (``iterative.online_gd_path``); 0 at k = 0."""
+    return lambda pairs: iterative.online_gd_path(pairs.x, pairs.y, [(rate, forgetting)], form)[0]

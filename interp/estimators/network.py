@@ -1,0 +1,86 @@
+"""A two-layer network trained on the k pairs before each example."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from einops import einsum
+from jaxtyping import Float
+from torch import Tensor
+
+from interp import seeds
+from interp.arguments import whole_number
+from interp.estimators.base import Estimator, Pairs, blank, exact, only
+from interp.iterative import positive
+from interp.progress import progress
+
+PROMPTS = 64
+"""Networks trained side by side: their activations stay in the cache."""
+
+
+def mlp(
+    hidden: int = 100,
+    rate: float = 5e-3,
+    steps: int = 100,
+    seed: int = 0,
+    ks: Sequence[int] | None = None,
+) -> Estimator:
+    """v·relu(W x + b) + c, trained from new weights on the k pairs before each example; 0 at k = 0.
+
+    ``steps`` steps of Adam on the mean squared error of all k pairs. The defaults are those of the
+    released baseline of arXiv 2208.01066. Weights start uniform in ±1 / sqrt(fan in), drawn for each
+    prompt from ``seed`` and the same for every k. ``ks``: only these numbers of examples; the other
+    predictions are NaN. All unless given. The networks of many prompts are trained side by side, on
+    torch's threads.
+    """
+    whole_number("hidden", hidden, least=1)
+    whole_number("steps", steps, least=1)
+    positive("rate", rate)
+
+    def predict(pairs: Pairs) -> Float[Tensor, "batch n_pairs"]:
+        x, y = exact(pairs)
+        chosen = only(ks, y.shape[1])
+        found = blank(pairs, chosen)
+        start = _draw(len(x), x.shape[2], hidden, seed)
+        work = [(k, slice(first, first + PROMPTS)) for k in chosen if k > 0 for first in range(0, len(x), PROMPTS)]
+        with progress(len(work), "mlp") as done:
+            for k, piece in work:
+                weights = _train([w[piece] for w in start], x[piece, :k], y[piece, :k], rate, steps)
+                found[piece, k] = _forward(weights, x[piece, k : k + 1])[:, 0]
+                done()
+        return found.to(pairs.y)
+
+    return predict
+
+
+def _draw(n: int, d: int, hidden: int, seed: int) -> list[Tensor]:
+    """W, b, v, c of ``n`` networks."""
+    generator = seeds.generator("mlp", seed)
+    shapes = (((n, hidden, d), d), ((n, hidden), d), ((n, hidden), hidden), ((n, 1), hidden))
+    return [
+        (2 * torch.rand(shape, generator=generator, dtype=torch.float64) - 1) / fan_in**0.5 for shape, fan_in in shapes
+    ]
+
+
+def _forward(weights: list[Tensor], x: Float[Tensor, "batch k d"]) -> Float[Tensor, "batch k"]:
+    w, b, v, c = weights
+    active = torch.relu(einsum(x, w, "batch k d, batch hidden d -> batch k hidden") + b[:, None])
+    return einsum(active, v, "batch k hidden, batch hidden -> batch k") + c
+
+
+# Whoever measures a model has gradients off.
+@torch.inference_mode(False)
+@torch.enable_grad()
+def _train(
+    start: list[Tensor], x: Float[Tensor, "batch k d"], y: Float[Tensor, "batch k"], rate: float, steps: int
+) -> list[Tensor]:
+    """The weights of each network after training on its own prompt."""
+    weights = [w.clone().requires_grad_() for w in start]
+    optimizer = torch.optim.Adam(weights, lr=rate)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        # Adam takes every weight on its own, so the sum over prompts trains each as if it were alone.
+        (_forward(weights, x) - y).square().mean(dim=1).sum().backward()
+        optimizer.step()
+    return [w.detach() for w in weights]
