@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from einops import einsum
@@ -25,33 +26,55 @@ def mlp(
     steps: int = 100,
     seed: int = 0,
     ks: Sequence[int] | None = None,
+    workers: int | None = None,
 ) -> Estimator:
     """v·relu(W x + b) + c, trained from new weights on the k pairs before each example; 0 at k = 0.
 
     ``steps`` steps of Adam on the mean squared error of all k pairs. The defaults are those of the
     released baseline of arXiv 2208.01066. Weights start uniform in ±1 / sqrt(fan in), drawn for each
-    prompt from ``seed`` and the same for every k. ``ks``: only these numbers of examples; the other
-    predictions are NaN. All unless given. The networks of many prompts are trained side by side, on
-    torch's threads.
+    prompt from ``seed`` and the same for every k.
+
+    ks        only these numbers of examples; the other predictions are NaN. All unless given.
+    workers   threads, one for each core unless given. Each trains the networks of many prompts side by
+              side; the numbers do not depend on how many there are.
     """
     whole_number("hidden", hidden, least=1)
     whole_number("steps", steps, least=1)
     positive("rate", rate)
+    if workers is not None:
+        whole_number("workers", workers, least=1)
 
     def predict(pairs: Pairs) -> Float[Tensor, "batch n_pairs"]:
+        from sklearn.utils.parallel import Parallel, delayed
+
         x, y = exact(pairs)
         chosen = only(ks, y.shape[1])
         found = blank(pairs, chosen)
         start = _draw(len(x), x.shape[2], hidden, seed)
-        work = [(k, slice(first, first + PROMPTS)) for k in chosen if k > 0 for first in range(0, len(x), PROMPTS)]
-        with progress(len(work), "mlp") as done:
-            for k, piece in work:
-                weights = _train([w[piece] for w in start], x[piece, :k], y[piece, :k], rate, steps)
-                found[piece, k] = _forward(weights, x[piece, k : k + 1])[:, 0]
+        pieces = [(k, slice(first, first + PROMPTS)) for k in chosen if k > 0 for first in range(0, len(x), PROMPTS)]
+        work = (
+            delayed(_predict)([w[part] for w in start], x[part, : k + 1], y[part, :k], rate, steps)
+            for k, part in pieces
+        )
+        with _one_thread_each(), progress(len(pieces), "mlp") as done:
+            predicted = Parallel(n_jobs=workers or -1, prefer="threads", return_as="generator")(work)
+            for (k, part), values in zip(pieces, predicted, strict=True):
+                found[part, k] = values
                 done()
         return found.to(pairs.y)
 
     return predict
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """Threads that start inside compute alone: matrices this small are slower on two cores than on one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _draw(n: int, d: int, hidden: int, seed: int) -> list[Tensor]:
@@ -72,15 +95,16 @@ def _forward(weights: list[Tensor], x: Float[Tensor, "batch k d"]) -> Float[Tens
 # Whoever measures a model has gradients off.
 @torch.inference_mode(False)
 @torch.enable_grad()
-def _train(
-    start: list[Tensor], x: Float[Tensor, "batch k d"], y: Float[Tensor, "batch k"], rate: float, steps: int
-) -> list[Tensor]:
-    """The weights of each network after training on its own prompt."""
+def _predict(
+    start: list[Tensor], x: Float[Tensor, "batch k_and_1 d"], y: Float[Tensor, "batch k"], rate: float, steps: int
+) -> Float[Tensor, " batch"]:
+    """What each network says of the last input, once it is trained on the others of its own prompt."""
     weights = [w.clone().requires_grad_() for w in start]
+    x, y = x.clone(), y.clone()  # a tensor made in inference mode cannot take part in a gradient, its copy can
     optimizer = torch.optim.Adam(weights, lr=rate)
     for _ in range(steps):
         optimizer.zero_grad()
         # Adam takes every weight on its own, so the sum over prompts trains each as if it were alone.
-        (_forward(weights, x) - y).square().mean(dim=1).sum().backward()
+        (_forward(weights, x[:, :-1]) - y).square().mean(dim=1).sum().backward()
         optimizer.step()
-    return [w.detach() for w in weights]
+    return _forward(weights, x[:, -1:])[:, 0].detach()

@@ -167,9 +167,11 @@ def test_a_prompt_does_not_depend_on_the_others(name: str) -> None:
 
 
 @pytest.mark.law
-def test_any_number_of_processes_gives_the_same_numbers() -> None:
-    pairs = sparse(n=40)
-    one, two = (estimators.build("tree", ks=[5, 13], workers=workers)(pairs) for workers in (1, 2))
+@pytest.mark.parametrize("name", ["tree", "mlp"])
+def test_any_number_of_workers_gives_the_same_numbers(name: str) -> None:
+    """Processes for what scikit-learn fits, threads for networks; more than one piece of work for each."""
+    pairs = sparse(n=130)
+    one, two = (estimators.build(name, ks=[5, 13], workers=workers, **SLOW[name])(pairs) for workers in (1, 2))
     assert torch.equal(one[:, [5, 13]], two[:, [5, 13]]) and one[:, 13].all()
 
 
@@ -178,6 +180,7 @@ def test_what_cannot_be_fitted_is_refused() -> None:
     for name, option in (
         ("lasso", {"alpha": 0.0}),
         ("lasso", {"workers": 0}),
+        ("mlp", {"workers": 0}),
         ("tree", {"depth": 0}),
         ("boosted_trees", {"trees": 0}),
         ("boosted_trees", {"rate": -1.0}),
