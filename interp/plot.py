@@ -73,9 +73,7 @@ def settle(figure: Figure) -> Figure:
     """``figure`` with its layout computed now and then left alone: it takes as long as drawing does, and a figure is
     drawn once for each format that it is saved in.
     """
-    engine = figure.get_layout_engine()
-    assert engine is not None
-    engine.execute(figure)
+    figure.draw_without_rendering()
     figure.set_layout_engine("none")
     return figure
 
