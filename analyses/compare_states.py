@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
     Alike = Mapping[tuple[int, int], Mapping[str, Similarity]]
 
-QUICK = 48
+QUICK = 40
 STEMS = ("mamba", "lti-mamba", "s4d")
 FP32 = 1e-4
 """Largest difference between two fp32 paths of one function, relative to the largest value."""
@@ -69,7 +69,7 @@ class Config:
     out: Path = Path("out")
     "Where the result's folder goes."
     quick: bool = False
-    "The same with 48 prompts, 12 components and 60 permutations."
+    "The same with 40 prompts, 12 components and 60 permutations."
     json: bool = False
     "Print result.json instead of the table."
 

@@ -175,6 +175,7 @@ def _values(seen: Recurrence, columns: Tensor, queries: Tensor) -> tuple[Tensor,
     few = ROW_COST * len(queries) < length
     size = 1 << (length - 1).bit_length()
     direct = size == length and torch.equal(queries, torch.arange(length, device=queries.device))
+    started = bool(seen.init.any())
     tile = len(columns) if few else max(1, TILE_NUMBERS // (batch * size * size))
     for first in range(0, len(columns), tile):
         here = slice(first, first + tile)
@@ -191,7 +192,8 @@ def _values(seen: Recurrence, columns: Tensor, queries: Tensor) -> tuple[Tensor,
         reach = tree(by_channel[0], by_channel[1], by_channel[2], whole)[:, :, :length]
         if not direct:
             values[:, here] = whole[:, :, queries, :length]
-        start[:, here] = real((reach * init[:, :, None]).sum(-1))[..., queries]
+        if started:
+            start[:, here] = real((reach * init[:, :, None]).sum(-1))[..., queries]
         if added is not None:
             put[:, here] = _read_states(decay, added, row)[..., queries]
     return values, start, put
@@ -199,6 +201,8 @@ def _values(seen: Recurrence, columns: Tensor, queries: Tensor) -> tuple[Tensor,
 
 def _by_channel(values: Tensor, size: int) -> Inexact[Tensor, "batch channel size n"]:
     """A copy of (batch, pos, channel, n), with zeros after the last position."""
+    if values.shape[1] == size:
+        return values.transpose(1, 2).clone(memory_format=torch.contiguous_format)
     made = values.new_zeros(values.shape[0], values.shape[2], size, values.shape[3])
     made[:, :, : values.shape[1]] = values.transpose(1, 2)
     return made

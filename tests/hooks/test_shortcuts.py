@@ -1,7 +1,5 @@
 """Shortcuts of the mixer: taken only where nobody can tell, apart from the time."""
 
-
-
 from __future__ import annotations
 
 from collections.abc import Callable
