@@ -6,11 +6,13 @@ import inspect
 import json
 import math
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from hooks.errors import BadArgument, unknown
+
+Made = TypeVar("Made")
 
 
 def known_options(kind: str, function: Callable[..., Any], config: Mapping[str, Any]) -> None:
@@ -24,6 +26,24 @@ def known_options(kind: str, function: Callable[..., Any], config: Mapping[str, 
     for asked in config:
         if asked not in options:
             raise BadArgument(unknown(f"option of {kind}", asked, options))
+
+
+def chosen(
+    kind: str, name: str, table: Mapping[str, Callable[..., Made]], config: Mapping[str, Any]
+) -> Callable[..., Made]:
+    """``table[name]``, once it is sure that it can be called with ``config``.
+
+    Raises ``BadArgument`` for a name or an option that there is not, with the nearest that there is, and for an option
+    that has no default and was not given.
+    """
+    if name not in table:
+        raise BadArgument(unknown(kind, name, table))
+    known_options(name, table[name], config)
+    parameters = inspect.signature(table[name]).parameters
+    absent = [p for p, option in parameters.items() if option.default is option.empty and p not in {"self", *config}]
+    if absent:
+        raise BadArgument(f'{kind} "{name}" needs {" and ".join(absent)}; give {absent[0]}=…')
+    return table[name]
 
 
 def whole_number(name: str, value: object, least: int, most: int | None = None) -> int:

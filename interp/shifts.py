@@ -27,8 +27,8 @@ from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
-from hooks.errors import BadArgument, unknown
-from interp.arguments import between, known_options, whole_number
+from hooks.errors import BadArgument
+from interp.arguments import between, chosen, whole_number
 from interp.tasks import inputs
 from interp.tasks.base import Batch, Model, Task, at_the_query
 from interp.tasks.regression import Regression, true_or_false
@@ -77,16 +77,10 @@ def build(name: str, **config: Any) -> Shift:
 
     Raises ``BadArgument`` for a name or an option that does not exist, with the nearest that does.
     """
-    if name not in SHIFTS:
-        raise BadArgument(unknown("shift", name, SHIFTS))
-    known_options(name, SHIFTS[name], config)
-    signature = inspect.signature(SHIFTS[name])
-    absent = [p for p, option in signature.parameters.items() if option.default is option.empty and p not in config]
-    if absent:
-        raise BadArgument(f"{name} needs {' and '.join(absent)}: give ({name!r}, {{{absent[0]!r}: …}})")
-    options = signature.bind(**config)
+    made = chosen("shift", name, SHIFTS, config)(**config)
+    options = inspect.signature(SHIFTS[name]).bind(**config)
     options.apply_defaults()
-    return dataclasses.replace(SHIFTS[name](**config), name=name, config=options.arguments)
+    return dataclasses.replace(made, name=name, config=options.arguments)
 
 
 def apply(task: Task, asked: Sequence[Asked]) -> Task:

@@ -11,8 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from hooks.errors import BadArgument, unknown
-from interp.arguments import known_options
+from interp.arguments import chosen
 from interp.chain_estimators import add_beta
 from interp.estimators.base import Estimator, Pairs
 from interp.estimators.descent import gd, gdpp, newton, online_gd
@@ -78,7 +77,4 @@ def build(name: str, **config: Any) -> Estimator:
     Raises ``BadArgument`` for a name or an option that does not exist, with the nearest that does,
     and for a value that the option cannot have.
     """
-    if name not in ESTIMATORS:
-        raise BadArgument(unknown("estimator", name, ESTIMATORS))
-    known_options(name, ESTIMATORS[name], config)
-    return ESTIMATORS[name](**config)
+    return chosen("estimator", name, ESTIMATORS, config)(**config)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from hooks.errors import BadArgument, unknown
-from interp.arguments import known_options
+from interp.arguments import chosen
 from interp.tasks.base import Batch, Task, TokenTask
 from interp.tasks.decision_tree import decision_tree
 from interp.tasks.linreg import linear_regression
@@ -50,7 +49,4 @@ def build(name: str, **config: Any) -> Task:
     Raises ``BadArgument`` for a name or an option that does not exist, with the nearest that does,
     and for a value that the task cannot have.
     """
-    if name not in TASKS:
-        raise BadArgument(unknown("task", name, TASKS))
-    known_options(name, TASKS[name], config)
-    return TASKS[name](**config)
+    return chosen("task", name, TASKS, config)(**config)
