@@ -14,6 +14,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "mamba": ("mamba", {}),
     "lti": ("mamba", {"selective": False}),
     "s4d": ("s4d", {}),
+    "s4": ("s4", {}),
+    "linear": ("linear_attention", {"n_heads": 2, "d_mlp": 16}),
 }
 TABLES = (
     *("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"),
@@ -26,7 +28,9 @@ def build(variant: str = "mamba", dtype: torch.dtype = torch.float64, **config: 
     import models  # not above: this file is loaded before the import hook that checks shapes is in place
 
     name, given = VARIANTS[variant]
-    shape = {"d_model": 8, "n_layers": 2, "d_state": 4, "d_in": 5, "d_out": 2, **given, **config}
+    shape = {"d_model": 8, "n_layers": 2, "d_in": 5, "d_out": 2, **given, **config}
+    if name != "linear_attention":
+        shape = {"d_state": 4, **shape}
     model = models.build(name, **shape).to(dtype)
     with torch.no_grad():
         for weight, parameter in model.named_parameters():

@@ -15,7 +15,7 @@ import hooks
 from hooks import finite
 
 DELTA = "blocks.1.mixer.hook_delta"
-VARIANTS = ["mamba", "lti", "s4d"]
+VARIANTS = ["mamba", "lti", "s4d", "s4", "linear"]
 
 
 @pytest.mark.hygiene

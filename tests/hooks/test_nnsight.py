@@ -18,6 +18,7 @@ from torch import Tensor
 import hooks
 
 VARIANTS = ["mamba", "lti", "s4d"]
+EVERY = [*VARIANTS, "s4", "linear"]
 LAYER = "blocks.1.mixer."
 DELTA, STATE = LAYER + "hook_delta", LAYER + "hook_state"
 
@@ -54,7 +55,7 @@ def double(value: Tensor, hook: Any = None) -> Tensor:
 
 
 @pytest.mark.edit
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", EVERY)
 def test_the_three_idioms_give_identical_outputs_at_every_site(
     make: Callable[..., Any], x: Tensor, variant: str
 ) -> None:
@@ -98,7 +99,7 @@ def test_in_place_edits(make: Callable[..., Any], x: Tensor, variant: str) -> No
 
 
 @pytest.mark.edit
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", EVERY)
 def test_a_trace_on_the_state_changes_one_read_out(make: Callable[..., Any], x: Tensor, variant: str) -> None:
     """As a raw TransformerLens hook does; ``hooks.edit`` is what propagates."""
     model = make(variant)
@@ -156,7 +157,7 @@ def test_edited_gradients(make: Callable[..., Any], x: Tensor) -> None:
 
 
 @pytest.mark.edit
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", EVERY)
 def test_trap_4_gradients_over_several_inputs_at_every_site(make: Callable[..., Any], x: Tensor, variant: str) -> None:
     """nnsight cuts a gradient by the strides of the value, silently wrong where either is strided; neither is here."""
     model = make(variant, n_layers=1)

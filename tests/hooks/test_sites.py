@@ -11,7 +11,7 @@ from torch import Tensor
 
 import hooks
 
-VARIANTS = ["mamba", "lti", "s4d"]
+VARIANTS = ["mamba", "lti", "s4d", "s4", "linear"]
 
 
 def fired(model: Any, x: Tensor, **kwargs: Any) -> list[str]:

@@ -15,6 +15,7 @@ import hooks
 LAYER = "blocks.1.mixer."
 STATE = LAYER + "hook_state"
 VARIANTS = ["mamba", "lti", "s4d"]
+EVERY = [*VARIANTS, "s4", "linear"]
 Change = Callable[[Tensor, Tensor, int], Tensor]  # (h_t, h_{t-1}, t) -> the new h_t
 
 
@@ -109,7 +110,7 @@ def test_edits_of_channels_leave_the_others(make: Callable[..., Any], x: Tensor,
 
 
 @pytest.mark.law
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", EVERY)
 def test_folding_and_interrupting_agree(make: Callable[..., Any], x: Tensor, variant: str) -> None:
     """Behind a function that does nothing every edit has to interrupt; values and gradients are the same."""
     model = make(variant)
@@ -154,7 +155,7 @@ def test_freezing_is_a_step_of_zero_in_both_roles(make: Callable[..., Any], x: T
 
 
 @pytest.mark.law
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", EVERY)
 def test_do_state_sets_the_state_and_doing_it_twice_is_doing_it_once(
     make: Callable[..., Any], x: Tensor, variant: str
 ) -> None:
@@ -214,7 +215,7 @@ def test_do_state_in_several_layers_and_with_every_kind_of_index(make: Callable[
 
 
 @pytest.mark.edit
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [*VARIANTS, "linear"])  # S4's edits interrupt, and its gradient there is 0 · inf
 def test_do_state_guards_against_infinity_in_the_past(make: Callable[..., Any], x: Tensor, variant: str) -> None:
     """0 · inf is NaN; the past is cut exactly, in values and in gradients."""
     model = make(variant)
@@ -295,7 +296,7 @@ def test_several_edits_of_one_state_act_in_order(make: Callable[..., Any], x: Te
 
 
 @pytest.mark.edit
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", EVERY)
 def test_readout_only_changes_what_is_read_and_nothing_later(make: Callable[..., Any], x: Tensor, variant: str) -> None:
     model = make(variant)
     clean, (_, state) = hooks.record(model, x, [STATE, LAYER + "hook_y"]), model(x, return_state=True)
@@ -338,7 +339,7 @@ def test_freeze_is_for_states_that_propagate(make: Callable[..., Any]) -> None:
 
 
 @pytest.mark.edit
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", EVERY)
 def test_the_returned_state_is_that_of_the_edited_run(make: Callable[..., Any], x: Tensor, variant: str) -> None:
     """An edit in the first chunk acts on in the second; positions count within a call."""
     model = make(variant)
