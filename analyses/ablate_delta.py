@@ -138,26 +138,18 @@ def _open(name: str, config: Config) -> tuple[Root, Task]:
     """The model, and the task of its card with the options of the command line put in."""
     import models
     from hooks.errors import BadArgument
-    from interp import tasks
+    from interp import cards, tasks
     from interp.arguments import named_values, usable_device
 
-    tasks.build(config.task)
+    cards.need_vectors(tasks.build(config.task), "replacing Δ by position")
     model = models.load(name).to(usable_device(config.device))
-    trained_on = model.card.get("task")
-    if trained_on != config.task:
-        raise BadArgument(f'{name} was trained on "{trained_on}", not on "{config.task}"')
-    task = tasks.build(config.task, **{**model.card["task_config"], **named_values("task-config", config.task_config)})
-    if (task.d_token, task.d_out) != (model.cfg.d_in, model.cfg.d_out):
-        raise BadArgument(
-            f"{name} reads tokens of {model.cfg.d_in} numbers and this task has {task.d_token}; "
-            f"it was trained on {model.card['task_config']}"
-        )
+    task = cards.trained_task(name, model, config.task, named_values("task-config", config.task_config))
     if task.query_only:
         raise BadArgument(
             f'a prompt of "{config.task}" is read at its last token only, and this analysis reads every example; '
             "python -m analyses.attribute_outliers replaces Δ there"
         )
-    if getattr(task, "tokens", "interleaved") != "interleaved":
+    if task.config.get("tokens", "interleaved") != "interleaved":
         raise BadArgument(
             f"{name} reads joint tokens, one forked step for each example; means by position need all "
             "of a prompt in one forward: train it with --task-config tokens=interleaved"
@@ -298,6 +290,7 @@ def _checks(
     from interp.ablation import MEANS
     from interp.ablation_controls import identity
     from interp.result import Check
+    from interp.tasks.base import guess
 
     runs, task, model = subject.runs, subject.task, subject.model
     checks = []
@@ -325,11 +318,11 @@ def _checks(
     )
     other = task.corrupt(runs.batch, seeds.generator("corrupt", seed))
     wrong = evaluate.errors(model, task, batch=replace(runs.batch, targets=other.targets))
-    nothing = float(other.targets.square().mean()) / task.scale
+    nothing = float(task.error(guess(task, other), other).mean())
     checks.append(
         Check.at_least("another task's labels: error relative to predicting zero", float(wrong.mean()) / nothing, 0.9)
     )
-    nothing = float(runs.batch.targets.square().mean()) / task.scale
+    nothing = float(task.error(guess(task, runs.batch), runs.batch).mean())
     for rival in rivals:
         if rival.name == "untrained":
             relative = float(rival.runs.clean.mean()) / nothing

@@ -125,10 +125,10 @@ def _open(config: Config) -> tuple[list[str], list[Root], Task]:
     """The models, each under a name of its own, and the one task that all were trained on."""
     import models
     from hooks.errors import BadArgument
-    from interp import states, tasks
+    from interp import cards, states, tasks
     from interp.arguments import usable_device, whole_number
 
-    tasks.build(config.task)
+    cards.need_vectors(tasks.build(config.task), "the comparison of states")
     whole_number("longer", config.longer, least=2)
     have = models.names()
     names = list(config.models) or [f"{stem}-{config.task}" for stem in STEMS if f"{stem}-{config.task}" in have]
@@ -139,21 +139,10 @@ def _open(config: Config) -> tuple[list[str], list[Root], Task]:
         )
     device = usable_device(config.device)
     loaded = [models.load(name).to(device) for name in names]
+    task = cards.common_task(dict(zip(names, loaded, strict=True)), config.task)
     for name, model in zip(names, loaded, strict=True):
-        trained_on = model.card.get("task")
-        if trained_on != config.task:
-            raise BadArgument(f'{name} was trained on "{trained_on}", not on "{config.task}": no common task')
         states.need(model, ("hook_state",), "the comparison of states", name)
-    first = loaded[0].card["task_config"]
-    for name, model in zip(names, loaded, strict=True):
-        own = model.card["task_config"]
-        differs = sorted(key for key in {*first, *own} if first.get(key) != own.get(key))
-        if differs:
-            raise BadArgument(
-                f"{name} was trained on another task than {names[0]}: "
-                + ", ".join(f"{key}={own.get(key)} instead of {first.get(key)}" for key in differs)
-            )
-    return names, loaded, tasks.build(config.task, **first)
+    return names, loaded, task
 
 
 def _untrained(model: Root, config: Config) -> Any:

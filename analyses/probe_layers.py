@@ -135,23 +135,20 @@ def _subject(config: Config) -> Subject:
 
     import models
     from hooks.errors import BadArgument
-    from interp import tasks
+    from interp import cards, tasks
     from interp.arguments import named_values, usable_device, whole_number
     from interp.layers import Subject
+    from interp.tasks.outlier_linreg import OutlierLinearRegression
 
-    if config.task not in tasks.names():
-        tasks.build(config.task)
+    cards.need_vectors(tasks.build(config.task), "the lens")
     name = config.model or f"mamba-{config.task}"
     device = usable_device(config.device)
     model = models.load(name).to(device)
-    trained_on = model.card.get("task")
-    if trained_on != config.task:
-        raise BadArgument(f'{name} was trained on "{trained_on}", not on "{config.task}"')
-    task = tasks.build(config.task, **{**model.card["task_config"], **named_values("task-config", config.task_config)})
-    if (task.d_token, task.d_out) != (model.cfg.d_in, model.cfg.d_out):
+    task = cards.trained_task(name, model, config.task, named_values("task-config", config.task_config))
+    if isinstance(task, OutlierLinearRegression):
         raise BadArgument(
-            f"{name} reads tokens of {model.cfg.d_in} numbers and this task has {task.d_token}; "
-            f"it was trained on {model.card['task_config']}"
+            f'the lens asks several queries after one context, and in "{config.task}" a query may be an outlier of its '
+            "own; python -m analyses.attribute_outliers looks into it"
         )
     alpha = getattr(task, "alpha", None)
     if alpha is not None:

@@ -16,7 +16,10 @@ Cost       a bundled recipe about an hour on 2 cores; --quick a minute or two
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +27,9 @@ from typing import TYPE_CHECKING, Any
 from interp import cli
 
 if TYPE_CHECKING:
+    from interp.tasks.base import Task
     from interp.train import TrainConfig, Trained
+    from models import Root
 
 RECIPES = Path(__file__).resolve().parent / "recipes"
 
@@ -32,7 +37,7 @@ RECIPES = Path(__file__).resolve().parent / "recipes"
 @dataclass(frozen=True)
 class Config:
     recipe: str | None = None
-    "A recipe of analyses/recipes, or a JSON file."
+    "A recipe of analyses/recipes, a cell of a sweep there, or a JSON file."
     task: str | None = None
     "What is learned in context, e.g. linreg."
     task_config: tuple[str, ...] = ()
@@ -46,7 +51,7 @@ class Config:
     batch_size: int | None = None
     "Prompts per step, over all processes together."
     learning_rates: tuple[float, ...] = ()
-    "Peak learning rates: one, or at least three of which a search picks the best."
+    "Peak learning rates: one, or at least three of which a search picks the best; the architecture's own if none."
     search_steps: int | None = None
     "Steps for which each of several learning rates is tried."
     warmup: float | None = None
@@ -65,6 +70,8 @@ class Config:
     "Steps between two checkpoints from which a killed run goes on."
     eval_every: int | None = None
     "Steps between two lines of metrics.jsonl."
+    patience: int | None = None
+    "Evaluations in a row without a lower validation loss after which the run ends; 0 for all its steps."
     precision: str | None = None
     "fp32 or bf16; what accelerate launch says, otherwise the recipe."
     out: Path | None = None
@@ -73,6 +80,8 @@ class Config:
     "cpu, cuda or mps."
     threads: int | None = None
     "Threads of the computation: the same number gives the same weights. torch's own if not given."
+    attached: bool = False
+    "Save and stop when standard input ends: for a run that belongs to another program."
     quick: bool = False
     "The same with a hundredth of the steps, to see that it works."
     json: bool = False
@@ -81,14 +90,9 @@ class Config:
 
 def run(config: Config) -> Trained:
     """Train, or go on, and return the finished run. Raises BadArgument or RunFailed."""
-    from functools import partial
-
     import torch
 
-    import models
     from hooks.errors import BadArgument
-    from interp import tasks
-    from interp.tasks.base import model_shape
     from interp.train import train
     from models import checkpoint
 
@@ -97,23 +101,43 @@ def run(config: Config) -> Trained:
             raise BadArgument(f"--threads is {config.threads}; give a number from 1 to 1024")
         torch.set_num_threads(config.threads)
     recipe = resolve(config)
-    task = tasks.build(recipe.task, **recipe.task_config)
-    shape = {**model_shape(task), **recipe.model_config}
-    checkpoint.check_card(recipe.as_dict())
-    build = partial(models.build, recipe.model, **shape)
+    task, build = parts(recipe)
     out = config.out or Path("out") / "train" / _folder(config, recipe)
+    if config.attached:
+        threading.Thread(target=_stop_with_stdin, daemon=True).start()
     return train(build, task, recipe, out, checkpoint.save, device=config.device)
+
+
+def parts(recipe: TrainConfig) -> tuple[Task, Callable[[], Root]]:
+    """The task of a recipe and a function that builds its model; raises BadArgument where there is no such task."""
+    from functools import partial
+
+    import models
+    from interp import tasks
+    from interp.tasks.base import model_shape
+    from models import checkpoint
+
+    task = tasks.build(recipe.task, **recipe.task_config)
+    checkpoint.check_card(recipe.as_dict())
+    return task, partial(models.build, recipe.model, **{**model_shape(task), **recipe.model_config})
+
+
+def _stop_with_stdin() -> None:
+    """Wait for the end of standard input, then ask this process to stop as SIGTERM does."""
+    while os.read(sys.stdin.fileno(), 4096):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def resolve(config: Config) -> TrainConfig:
     """The recipe that a command line asks for: the named one, with the given flags put in."""
     from hooks.errors import BadArgument
     from interp.arguments import named_values
-    from interp.recipe import TrainConfig, from_dict, read
+    from interp.recipe import TrainConfig, from_dict
 
     values: dict[str, Any] = {}
     if config.recipe is not None:
-        values = read(_recipe_file(config.recipe)).as_dict()
+        values = named(config.recipe).as_dict()
     elif config.task is None or config.model is None:
         raise BadArgument(
             "nothing to train: give --recipe NAME, or --task and --model; recipes: " + ", ".join(recipes())
@@ -137,18 +161,29 @@ def resolve(config: Config) -> TrainConfig:
 
 
 def recipes() -> list[str]:
-    """Names of the bundled recipes."""
+    """Names of the bundled recipes that are files of their own."""
     return sorted(path.stem for path in RECIPES.glob("*.json"))
 
 
-def _recipe_file(name: str) -> Path:
+def sweeps() -> list[str]:
+    """Names of the bundled sweeps; each of their cells is a recipe too."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def named(name: str) -> TrainConfig:
+    """The recipe called ``name``: a bundled file, else a cell of a bundled sweep, else the JSON file at that path."""
     from hooks.errors import BadArgument, unknown
+    from interp import sweep
+    from interp.recipe import read
 
     if name in recipes():
-        return RECIPES / f"{name}.json"
+        return read(RECIPES / f"{name}.json")
     if name.endswith(".json"):
-        return Path(name)
-    raise BadArgument(unknown("recipe", name, recipes(), "or give a JSON file"))
+        return read(Path(name))
+    cells = {cell.name: cell for of in sweeps() for cell in sweep.read(RECIPES / f"{of}.yaml").cells}
+    if name in cells:
+        return cells[name].recipe
+    raise BadArgument(unknown("recipe", name, [*recipes(), *cells], "or give a JSON file"))
 
 
 def _folder(config: Config, recipe: TrainConfig) -> str:
@@ -158,7 +193,8 @@ def _folder(config: Config, recipe: TrainConfig) -> str:
 
     text = json.dumps(recipe.as_dict(), sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()[:8]
-    name = config.recipe if config.recipe in recipes() else f"{recipe.task}-{recipe.model}"
+    bundled = config.recipe is not None and not config.recipe.endswith(".json")
+    name = config.recipe if bundled else f"{recipe.task}-{recipe.model}"
     return f"{name}-{digest}"
 
 

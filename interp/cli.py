@@ -5,7 +5,8 @@
 
 A command is a module with a docstring, ``Config`` (a frozen dataclass with a string under each
 field: it *is* the command line) and ``run(config)``. If it also has ``plot(result)``, what ``run``
-returns is a :class:`interp.result.Result` and is saved with its figure.
+returns is a :class:`interp.result.Result` and is saved with its figure. It may have ``ROWS``, how many rows of
+the table are shown, and ``verdict(result)``: one line where what was found is a failure of what was looked at.
 
 Exit codes: 0 done; 2 a wrong argument; 1 a run that failed, with nothing half-written. Every error
 is one line on stderr; ``MAMBASCOPE_TRACEBACK=1`` prints the traceback before it.
@@ -24,6 +25,7 @@ import re
 import sys
 import traceback
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol, TypeVar
@@ -37,6 +39,8 @@ SHORT_WAIT = ("GOMP_SPINCOUNT", "10000")
 """How long torch's threads wait in a busy loop for their next task, read when torch is loaded. The default of some
 milliseconds holds the cores that a compiled scan, the next thing to run, needs."""
 ConfigT = TypeVar("ConfigT")
+Positional = tyro.conf.Positional
+"""Marks a field that is given without a flag: ``Annotated[str, cli.Positional]``."""
 
 
 class Report(Protocol):
@@ -62,8 +66,13 @@ def main(module: ModuleType, argv: Sequence[str] | None = None) -> int:
         os.environ.setdefault(*SHORT_WAIT)
         report: Report = module.run(config)
         if hasattr(module, "plot"):
-            report = _saved(module, report, getattr(config, "out", None) or Path("out"))
-        _print(report.to_json() if getattr(config, "json", False) else report.summary())
+            report = saved(module, report, getattr(config, "out", None) or Path("out"))
+        summary: Any = report.summary
+        shown = partial(summary, module.ROWS) if hasattr(module, "ROWS") else summary
+        _print(report.to_json() if getattr(config, "json", False) else shown())
+        if hasattr(module, "verdict") and (wrong := module.verdict(report)):
+            print(f"error: {wrong}", file=sys.stderr, flush=True)
+            return FAILED
     except SystemExit as done:  # --help
         return done.code if isinstance(done.code, int) else DONE
     except BaseException as error:
@@ -115,7 +124,7 @@ def explain(error: BaseException) -> tuple[int, str]:
     )
 
 
-def _saved(module: ModuleType, result: Any, out: Path) -> Any:
+def saved(module: ModuleType, result: Any, out: Path) -> Any:
     """``result``, written with its figure; the figure is drawn by the command's own ``plot``."""
     figure = module.plot(result)
     figures = {

@@ -12,11 +12,11 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -44,15 +44,17 @@ class Objective(nn.Module):
 
     accelerate wraps *this* and not the model, so that a task may call the model in any way (several
     times, with states, through ``step``) and the data-parallel wrapper still sees one forward.
+    Of several tasks the loss is in the unit of the first, so that none counts more by the scale of its labels.
     """
 
-    def __init__(self, model: nn.Module, task: Task) -> None:
+    def __init__(self, model: nn.Module, tasks: Sequence[Task]) -> None:
         super().__init__()
         self.model = model
-        self.task = task
+        self.tasks = tuple(tasks)
 
-    def forward(self, batch: Batch, generator: torch.Generator) -> Float[Tensor, ""]:
-        return self.task.training_loss(self.model, batch, generator).mean()
+    def forward(self, batch: Batch, generator: torch.Generator, which: int) -> Float[Tensor, ""]:
+        loss = self.tasks[which].training_loss(self.model, batch, generator).mean()
+        return loss * (self.tasks[0].scale / self.tasks[which].scale) if which else loss
 
 
 @dataclass
@@ -96,26 +98,43 @@ class Run:
     folder: Path
     accelerator: Accelerator
     stop: Stop = field(default_factory=Stop)
+    mix: tuple[Task, ...] = ()
+
+    @property
+    def tasks(self) -> tuple[Task, ...]:
+        """The task that is measured, and those that are trained beside it."""
+        return (self.task, *self.mix)
 
     @property
     def again(self) -> str:
         return f"the same command (--out {self.folder}) goes on from there"
 
 
-def fit(
-    run: Run, peak: float, steps: int, name: str, *, label: str, metrics: Path | None = None
-) -> tuple[nn.Module, float]:
-    """The model trained for ``steps`` at peak rate ``peak``, and the seconds that it took in all.
+class Fitted(NamedTuple):
+    """A model, the seconds that it took in all, and the steps: fewer than asked where it stopped early."""
 
-    Goes on from ``resume/<name>.safetensors`` if that is there, and writes it every ``save_every``
-    steps and after the last one. Raises :class:`BlewUp` before a step that is not finite is taken.
+    model: nn.Module
+    seconds: float
+    steps: int
+
+
+def fit(
+    run: Run, peak: float, steps: int, name: str, *, label: str, metrics: Path | None = None, patience: int = 0
+) -> Fitted:
+    """The model trained for ``steps`` at peak rate ``peak``, or until its validation loss has come to rest.
+
+    It has come to rest after ``patience`` evaluations in a row without a lower one; they count from
+    the end of warm-up and curriculum. The weights are those of the last step, and the schedule is
+    that of all ``steps``. Goes on from ``resume/<name>.safetensors`` if that is there, and writes it
+    every ``save_every`` steps and after the last one. Raises :class:`BlewUp` before a step that is
+    not finite is taken.
     """
     config, accelerator = run.config, run.accelerator
     model = initial_model(run)
     optimizer = adamw(model, config)
     # The optimizer stays torch's own: accelerate's wrapper is for loss scaling, which bf16 does not
     # need, and looks for an optional package on the disk twice at every step.
-    objective = accelerator.prepare(Objective(model, run.task))
+    objective = accelerator.prepare(Objective(model, run.tasks))
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     file = run.folder / "resume" / f"{name}.safetensors"
     progress = resume.go_on(file, accelerator, model, optimizer)
@@ -134,6 +153,8 @@ def fit(
     model.train()
     with bar:
         for step in range(progress["step"], steps):
+            if at_rest(progress, patience):
+                break
             rate = recipe.learning_rate(config, step, steps, peak)
             for group in optimizer.param_groups:
                 group["lr"] = rate
@@ -162,18 +183,38 @@ def fit(
             progress["loss_count"] += 1
             progress["seconds"] = time.perf_counter() - began
             if done % config.eval_every == 0 or done == steps:
-                row = _row(progress, rate, run.task, validate(model))
+                found = validate(model)
+                row = _row(progress, rate, run.task, found)
+                if patience and done >= max(config.curriculum, config.warmup) * steps:
+                    _compare(progress, accelerator, found)
                 progress["loss_sum"], progress["loss_count"] = 0.0, 0
                 bar.set_postfix_str(_postfix(row))
                 if writer is not None:
                     writer.append(row)
-            if done % config.save_every == 0 or done == steps or asked:
+            last = done == steps or at_rest(progress, patience)
+            if done % config.save_every == 0 or last or asked:
                 resume.keep(file, accelerator, model, optimizer, progress)
-            if asked and done < steps:
+            if asked and not last:
                 raise RunFailed(
                     f"stopped by {run.stop.name or 'a signal'} after step {done} of {steps} ({label}); {run.again}"
                 )
-    return model, progress["seconds"]
+    return Fitted(model, progress["seconds"], progress["step"])
+
+
+def at_rest(progress: Mapping[str, Any], patience: int) -> bool:
+    """Whether the last ``patience`` evaluations were none of them the best so far; never for 0."""
+    return 0 < patience <= progress["stale"]
+
+
+def _compare(progress: dict[str, Any], accelerator: Accelerator, found: Measured) -> None:
+    """Count in ``progress`` how many evaluations ago the validation loss was lowest, alike in every process."""
+    level = found.loss.mean()
+    if accelerator.num_processes > 1:
+        level = accelerator.reduce(level.to(accelerator.device), "mean")
+    if progress["best"] is None or float(level) < progress["best"]:
+        progress["best"], progress["stale"] = float(level), 0
+    else:
+        progress["stale"] += 1
 
 
 def initial_model(run: Run) -> nn.Module:
@@ -203,12 +244,15 @@ def adamw(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0, betas=config.betas, fused=True)
 
 
-def training_batch(run: Run, step: int, steps: int) -> tuple[Batch, torch.Generator]:
+def training_batch(run: Run, step: int, steps: int) -> tuple[Batch, torch.Generator, int]:
     """This process's share of the prompts of ``step``, as large as the curriculum has them.
 
-    And their stream, for what a task still has to draw.
+    And their stream, for what a task still has to draw, and which of the run's tasks they are of:
+    with equal chance at every step, the same in every process.
     """
-    config, task, accelerator = run.config, run.task, run.accelerator
+    config, accelerator = run.config, run.accelerator
+    which = seeds.number("mix", config.seed, step) % len(run.tasks)
+    task = run.tasks[which]
     generator = seeds.generator("train", config.seed, step, accelerator.process_index)
     batch = task.sample(
         config.batch_size // accelerator.num_processes,
@@ -216,7 +260,7 @@ def training_batch(run: Run, step: int, steps: int) -> tuple[Batch, torch.Genera
         d_active=recipe.curriculum(config, step, steps, task.d),
         n_pairs=recipe.curriculum(config, step, steps, task.n_pairs, least=2),
     )
-    return batch.to(accelerator.device) if accelerator.device.type != "cpu" else batch, generator
+    return batch.to(accelerator.device) if accelerator.device.type != "cpu" else batch, generator, which
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from matplotlib.colors import LogNorm, Normalize, SymLogNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8A6FB5", "#7F4F24", "#6B705C")
 STYLES = (
@@ -37,6 +37,7 @@ STYLES = (
     (0, (2, 1)),
     (0, (8, 3)),
 )
+GREYS = ("0.25", "0.45", "0.62", "0.35", "0.55", "0.70")
 MARKERS = ("o", "s", "^", "v", "D", "P", "X", "*", "<", "p")
 
 
@@ -73,7 +74,9 @@ def settle(figure: Figure) -> Figure:
     """``figure`` with its layout computed now and then left alone: it takes as long as drawing does, and a figure is
     drawn once for each format that it is saved in.
     """
-    figure.draw_without_rendering()
+    engine = figure.get_layout_engine()
+    assert engine is not None
+    engine.execute(figure)
     figure.set_layout_engine("none")
     return figure
 
@@ -358,3 +361,119 @@ def _short(value: float) -> str:
     if size >= 0.1:
         return f"{value:.2f}"
     return f"{value:.3f}" if size >= 0.001 else f"{value:.0e}".replace("e-0", "e-")
+
+
+def learning(axes: Axes, lines: Sequence[Any], order: Mapping[str, Sequence[str]], *, log: bool) -> None:
+    """Curves against k, each with ``who``, ``kind``, ``ks`` and ``levels`` (mean, low, high; k).
+
+    Models in colour with a band and marks; rivals in grey without, told apart by line style and shade; published
+    numbers as rings. ``order`` is kind → names: a name looks the same in every panel. On a log axis what is smaller
+    than any model's error is drawn at the bottom, and a rival may leave the panel at the top.
+    """
+    floor = _floor(lines) if log else -np.inf
+    for line in lines:
+        place = list(order[line.kind]).index(line.who)
+        mean, low, high = np.maximum(line.levels, floor)
+        look: dict[str, Any] = {"label": line.who}
+        if line.kind == "model":
+            colour = COLOURS[place % len(COLOURS)]
+            every = (0, max(1, len(mean) // 8))
+            look |= {"linestyle": STYLES[place % len(STYLES)], "marker": MARKERS[place % len(MARKERS)]}
+            look |= {"markersize": 3.5, "markevery": every, "linewidth": 1.5, "zorder": 3}
+        elif line.kind == "rival":
+            colour = GREYS[place % len(GREYS)]
+            few = len(mean) < 8
+            look |= {"linestyle": STYLES[place % len(STYLES)], "linewidth": 1.5, "zorder": 2}
+            look |= {"marker": "|" if few else None, "markersize": 6}
+        else:
+            ends = np.abs(np.stack([low, high]) - mean)
+            ring = MARKERS[place % len(MARKERS)]
+            look |= {"fmt": ring, "markerfacecolor": "none", "markersize": 8, "elinewidth": 1.2, "zorder": 4}
+            axes.errorbar(line.ks, mean, yerr=ends, color="black", **look)
+            continue
+        axes.plot(line.ks, mean, color=colour, **look)
+        if line.kind == "model":
+            axes.fill_between(line.ks, low, high, color=colour, alpha=0.18, linewidth=0)
+    if log:
+        models = [line.levels[0].max() for line in lines if line.kind == "model"]
+        axes.set_yscale("log")
+        axes.set_ylim(floor / 1.3, min(axes.get_ylim()[1], 12 * max(models, default=10.0)))
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 3.0) if axes.get_ylim()[1] < 300 * floor else (1.0,)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    seaborn.despine(ax=axes)
+
+
+def count(axes: Axes, text: str) -> None:
+    """What a panel shows and on how many prompts, beside its letter."""
+    axes.set_title(text, loc="center", fontsize=8.5)
+
+
+def beside(figure: Figure, panels: Sequence[Axes]) -> None:
+    """One legend for all ``panels``, outside on the right: each name once."""
+    named: dict[str, Any] = {}
+    for axes in panels:
+        for handle, name in zip(*axes.get_legend_handles_labels(), strict=True):
+            named.setdefault(name, handle)
+    figure.legend(
+        list(named.values()), list(named), loc="outside right center", frameon=False, fontsize=8, handlelength=3.2
+    )
+
+
+def _floor(lines: Sequence[Any]) -> float:
+    """The bottom of a log axis: below the smallest error of a model, or of a rival that is not 0 but for rounding."""
+    models = [line.levels[0].min() for line in lines if line.kind == "model"]
+    others = [line.levels[0][line.levels[0] > 1e-6].min(initial=1.0) for line in lines if line.kind != "model"]
+    smallest = min(models) if models else min(others, default=1e-3)
+    return float(max(smallest, 1e-7)) / 2
+
+
+def ratio_map(
+    axes: Axes,
+    ratio: Float[np.ndarray, "three row column"],
+    value: Float[np.ndarray, "row column"],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    *,
+    label: str,
+) -> None:
+    """Ratios (with low and high) on a log colour scale that is white at 1; in each cell the value, and below it the
+    ratio with its interval, in italics where the interval holds 1. A cell without a ratio is empty.
+    """
+    bound = 30.0
+    shown = np.clip(ratio[0], 1 / bound, bound)
+    image = axes.imshow(np.ma.masked_invalid(np.log10(shown)), cmap="PuOr_r", norm=Normalize(-1.5, 1.5), aspect="auto")
+    for (i, j), one in np.ndenumerate(ratio[0]):
+        if not np.isfinite(one):
+            if np.isfinite(value[i, j]):
+                axes.text(j, i, _short(float(value[i, j])), ha="center", va="center", fontsize=8)
+            continue
+        low, high = ratio[1:, i, j]
+        doubt = bool(low <= 1 <= high)
+        shade = image.cmap(image.norm(np.log10(shown[i, j])))
+        dark = 0.299 * shade[0] + 0.587 * shade[1] + 0.114 * shade[2] < 0.5
+        look: dict[str, Any] = {"ha": "center", "color": "white" if dark else "black"}
+        look["fontstyle"] = "italic" if doubt else "normal"
+        ends = f" [{_times(low)}, {_times(high)}]" if np.isfinite(low) else ""
+        axes.text(j, i - 0.06, f"{value[i, j]:.2g}", va="bottom", fontsize=9, **look)
+        axes.text(j, i + 0.06, f"×{_times(one)}{ends}", va="top", fontsize=6.5, **look)
+    axes.set_xticks(range(len(columns)), [name.replace("-", "-\n", 1) if len(name) > 11 else name for name in columns])
+    axes.set_yticks(range(len(rows)), list(rows))
+    axes.tick_params(length=0, labelsize=8.5)
+    axes.set_xticks(np.arange(len(columns) - 1) + 0.5, minor=True)
+    axes.set_yticks(np.arange(len(rows) - 1) + 0.5, minor=True)
+    axes.grid(which="minor", color="white", linewidth=2)
+    axes.tick_params(which="minor", length=0)
+    bar = axes.figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02, extend="both")
+    ticks = (1 / 30, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+    bar.set_ticks([np.log10(tick) for tick in ticks], labels=["1/30", "0.1", "0.3", "1", "3", "10", "30"])
+    bar.minorticks_off()
+    bar.set_label(label)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+def _times(value: float) -> str:
+    """A ratio in two digits."""
+    return f"{value:.0f}" if value >= 10 else f"{value:.2g}"

@@ -18,6 +18,22 @@ from hooks.errors import BadArgument, unknown
 from interp.files import strict_json
 
 PRECISIONS = ("fp32", "bf16")
+RATES: Mapping[str, tuple[float, ...]] = {
+    "mamba": (1.5e-3, 3e-3, 6e-3),
+    "linear_attention": (1.5e-3, 3e-3, 6e-3),
+    "transformer": (1.5e-3, 3e-3, 6e-3),
+    "s4": (3e-3, 6e-3, 1.2e-2),
+    "s4d": (3e-3, 6e-3, 1.2e-2),
+}
+"""Peak learning rates from which the search picks where a recipe names none, by architecture.
+
+For models some tens of channels wide. Of 1.5e-3, 3e-3 and 6e-3 the searches behind the bundled checkpoints took each at
+least once for the first three, and always the highest for S4 and S4D: their grid is an octave up."""
+OTHER_RATES = (1e-3, 3e-3, 6e-3)
+"""The same for an architecture that the table does not name."""
+LATER = ("patience", "mix")
+"""Fields that are written only where they are not the default: a recipe from before they existed keeps its text, and
+with it the name of its folder."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +50,8 @@ class TrainConfig:
     "Optimizer steps of the run that is kept."
     batch_size: int = 64
     "Prompts per step, over all processes together."
-    learning_rates: tuple[float, ...] = (1e-3,)
-    "Peak learning rates: one, or at least three of which a search picks one."
+    learning_rates: tuple[float, ...] = ()
+    "Peak learning rates: one, or at least three of which a search picks one; the architecture's own if none is given."
     search_steps: int = 1_000
     "Steps for which each candidate learning rate is tried."
     warmup: float = 0.05
@@ -58,14 +74,20 @@ class TrainConfig:
     "Steps between two lines of metrics.jsonl."
     precision: str = "fp32"
     "fp32, or bf16 for mixed precision."
+    patience: int = 0
+    "Evaluations in a row without a lower validation loss after which the run ends; 0 for all its steps."
+    mix: tuple[Mapping[str, Any], ...] = ()
+    "Further tasks, each {task, task_config}: every step draws its prompts from the task or from one of these."
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "learning_rates", tuple(float(r) for r in self.learning_rates))
+        rates = self.learning_rates or RATES.get(self.model, OTHER_RATES)
+        object.__setattr__(self, "learning_rates", tuple(float(r) for r in rates))
         object.__setattr__(self, "betas", tuple(float(b) for b in self.betas))
         for name in ("steps", "batch_size", "search_steps", "save_every", "eval_every"):
             _whole(name, getattr(self, name))
-        if not (isinstance(self.seed, int) and self.seed >= 0):
-            raise BadArgument(f"seed is {self.seed!r}; it must be a whole number from 0 up")
+        for name in ("seed", "patience"):
+            _whole(name, getattr(self, name), least=0)
+        object.__setattr__(self, "mix", tuple(_mixed(entry, self.task) for entry in self.mix))
         for name in ("warmup", "floor", "curriculum"):
             _within(name, getattr(self, name), 0.0, 1.0)
         for name in ("weight_decay", "grad_clip"):
@@ -89,12 +111,23 @@ class TrainConfig:
     def as_dict(self) -> dict[str, Any]:
         """The recipe as plain JSON values, as written to recipe.json and to the card."""
         plain: dict[str, Any] = json.loads(strict_json(dataclasses.asdict(self)))
-        return plain
+        return {name: value for name, value in plain.items() if value or name not in LATER}
 
 
-def _whole(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise BadArgument(f"{name} is {value!r}; it must be a whole number from 1 up")
+def _whole(name: str, value: Any, least: int = 1) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise BadArgument(f"{name} is {value!r}; it must be a whole number from {least} up")
+
+
+def _mixed(entry: Any, task: str) -> dict[str, Any]:
+    """One entry of ``mix`` with both its fields; the task is the recipe's own if it names none."""
+    if not isinstance(entry, Mapping):
+        raise BadArgument(f"mix holds {entry!r}; each entry is {{task, task_config}}")
+    fields = ("task", "task_config")
+    for name in entry:
+        if name not in fields:
+            raise BadArgument(unknown("field of an entry of mix", str(name), fields))
+    return {"task": entry.get("task", task), "task_config": dict(entry.get("task_config") or {})}
 
 
 def _within(name: str, value: Any, low: float, high: float) -> None:
@@ -112,7 +145,7 @@ def from_dict(values: Mapping[str, Any], source: str = "the recipe") -> TrainCon
         if name not in values:
             raise BadArgument(f'{source} does not say which {name}: add the field "{name}"')
     try:
-        return TrainConfig(**{name: _as_float(name, value) for name, value in values.items()})
+        return TrainConfig(**{name: _as_field(name, value) for name, value in values.items()})
     except (TypeError, ValueError) as error:
         if isinstance(error, BadArgument):
             raise
@@ -120,8 +153,12 @@ def from_dict(values: Mapping[str, Any], source: str = "the recipe") -> TrainCon
         raise BadArgument(f"{source} has a field of the wrong type: {reason}") from error
 
 
-def _as_float(name: str, value: Any) -> Any:
-    """JSON does not tell 1 from 1.0; the recipe does, for its numbers that are not counts."""
+def _as_field(name: str, value: Any) -> Any:
+    """JSON does not tell 1 from 1.0; the recipe does, for its numbers that are not counts. Nor a list from a tuple."""
+    if name == "mix" and isinstance(value, list | tuple):
+        for entry in value:
+            _mixed(entry, "")
+        return tuple(value)
     if name in ("learning_rates", "betas") and isinstance(value, list | tuple):
         return tuple(map(float, value))
     default = next(f.default for f in dataclasses.fields(TrainConfig) if f.name == name)
@@ -143,9 +180,11 @@ def read(path: Path) -> TrainConfig:
 def difference(asked: TrainConfig, found: TrainConfig) -> str | None:
     """The first field in which two recipes differ, as ``name: asked …, found …``; else None."""
     left, right = asked.as_dict(), found.as_dict()
-    for name, value in left.items():
-        if value != right[name]:
-            return f"{name}: asked {json.dumps(value)}, found {json.dumps(right[name])}"
+    defaults = {entry.name: entry.default for entry in dataclasses.fields(TrainConfig)}
+    for name in {**left, **right}:
+        one, other = left.get(name, defaults[name]), right.get(name, defaults[name])
+        if one != other:
+            return f"{name}: asked {json.dumps(one)}, found {json.dumps(other)}"
     return None
 
 

@@ -29,6 +29,8 @@ except ImportError:  # Windows has no flock: there two runs in one folder are no
     fcntl = None  # type: ignore[assignment]
 
 FORMAT = "mambascope-resume-1"
+START = {"step": 0, "seconds": 0.0, "loss_sum": 0.0, "loss_count": 0, "best": None, "stale": 0}
+"""The progress of a training before its first step."""
 
 
 class State(NamedTuple):
@@ -119,7 +121,7 @@ def go_on(path: Path, accelerator: Accelerator, model: nn.Module, optimizer: tor
     of processes.
     """
     if not path.exists():
-        return {"step": 0, "seconds": 0.0, "loss_sum": 0.0, "loss_count": 0}
+        return dict(START)
     state = read(path)
     progress = state.progress
     if progress["processes"] != accelerator.num_processes:
@@ -141,7 +143,7 @@ def go_on(path: Path, accelerator: Accelerator, model: nn.Module, optimizer: tor
     torch.set_rng_state(mine[:size].clone())
     if accelerator.device.type == "cuda" and mine.numel() > size:
         torch.cuda.set_rng_state(mine[size:].clone(), accelerator.device)
-    return {key: progress[key] for key in ("step", "seconds", "loss_sum", "loss_count")}
+    return {key: progress.get(key, at_first) for key, at_first in START.items()}
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:

@@ -28,17 +28,18 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from hooks.errors import BadArgument, NonFinite, RunFailed
-from interp import recipe, resume
+from interp import recipe, resume, tasks
 from interp.arguments import usable_device
 from interp.files import no_half, strict_json, writable_folder, write_whole
-from interp.fit import Run, fit, measuring, orderly_stop, validation
+from interp.fit import Fitted, Run, fit, measuring, orderly_stop, validation
 from interp.provenance import versions
 from interp.recipe import TrainConfig
-from interp.tasks.base import Task
+from interp.tasks.base import Task, model_shape
 
 __all__ = ["TrainConfig", "Trained", "train"]
 
 EVALUATION_PROMPTS = 1280
+CHECKPOINT = "model.safetensors"
 Save = Callable[[nn.Module, Path, dict[str, Any]], None]
 
 
@@ -94,11 +95,10 @@ def train(
     the disk is full, or Ctrl-C (or SIGTERM) asked for a stop, after saving where it stopped.
     """
     folder = Path(out)
+    mix = mixed(task, config)
     accelerator = _accelerator(config, device)
-    _same_recipe(config, folder)
-    finished = folder / "model.safetensors"
-    if finished.exists():
-        card = _card(finished)
+    card = finished(config, folder)
+    if card is not None:
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             shutil.rmtree(folder / "resume", ignore_errors=True)
@@ -106,7 +106,7 @@ def train(
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng())
-        _rehearse(build_model, task)
+        _rehearse(build_model, (task, *mix))
         writable_folder(folder)
         if accelerator.is_main_process:
             with no_half(folder):
@@ -115,19 +115,35 @@ def train(
             write_whole(folder / "recipe.json", strict_json(config.as_dict(), indent=2) + "\n")
         accelerator.wait_for_everyone()
         stop = stack.enter_context(orderly_stop())
-        run = Run(build_model, task, config, folder, accelerator, stop)
+        run = Run(build_model, task, config, folder, accelerator, stop, mix)
         tried = _search(run)
         scored = [cell for cell in tried if cell["validation_error"] is not None]
         peak = min(scored, key=lambda cell: cell["validation_error"])["lr"]
         metrics = folder / "metrics.jsonl"
-        model, seconds = fit(run, peak, config.steps, "state", label="training", metrics=metrics)
+        fitted = fit(run, peak, config.steps, "state", label="training", metrics=metrics, patience=config.patience)
         if accelerator.is_main_process:
-            card = _make_card(run, model, peak, tried, seconds)
-            with no_half(finished):
-                save(model, finished, card)
+            card = _make_card(run, fitted, peak, tried)
+            with no_half(folder):
+                save(fitted.model, folder / CHECKPOINT, card)
             shutil.rmtree(folder / "resume", ignore_errors=True)
         accelerator.wait_for_everyone()
-    return Trained(folder, _card(finished))
+    return Trained(folder, _card(folder / CHECKPOINT))
+
+
+def finished(config: TrainConfig, folder: Path) -> dict[str, Any] | None:
+    """The card of the finished training of this very recipe in ``folder``, or None where it has not finished.
+
+    Raises BadArgument where the folder holds another training, or a checkpoint that is none.
+    """
+    _same_recipe(config, folder)
+    path = folder / CHECKPOINT
+    if not path.exists():
+        return None
+    card = _card(path)
+    differs = recipe.difference(config, recipe.from_dict(card.get("recipe", {}), f"the card of {path}"))
+    if differs:
+        raise BadArgument(f"{path} is of another training ({differs}); give another --out")
+    return card
 
 
 def _accelerator(config: TrainConfig, device: str) -> Accelerator:
@@ -148,14 +164,31 @@ def _accelerator(config: TrainConfig, device: str) -> Accelerator:
     return accelerator
 
 
+def mixed(task: Task, config: TrainConfig) -> tuple[Task, ...]:
+    """The tasks that ``config.mix`` names; one whose tokens are laid out otherwise than ``task``'s is refused."""
+    found = []
+    for entry in config.mix:
+        other = tasks.build(entry["task"], **entry["task_config"])
+        theirs, ours = (f"{model_shape(one)}, tokens {'/'.join(one.kinds)}" for one in (other, task))
+        if theirs != ours:
+            raise BadArgument(
+                f"mix: {other.name} {entry['task_config']} has another layout ({theirs}) than {task.name} ({ours}); "
+                "give it the same d and tokens"
+            )
+        found.append(other)
+    return tuple(found)
+
+
 @torch.no_grad()
-def _rehearse(build_model: Callable[[], nn.Module], task: Task) -> None:
-    """One forward on two prompts: a model that does not fit the task is refused here.
+def _rehearse(build_model: Callable[[], nn.Module], mix: Sequence[Task]) -> None:
+    """One forward on two prompts of each task: a model that does not fit is refused here.
 
     Later would be too late: a folder that holds a recipe refuses the corrected one.
     """
     generator = torch.Generator().manual_seed(0)
-    task.training_loss(build_model(), task.sample(2, generator), generator)
+    model = build_model()
+    for task in mix:
+        task.training_loss(model, task.sample(2, generator), generator)
 
 
 def _same_recipe(config: TrainConfig, folder: Path) -> None:
@@ -166,7 +199,7 @@ def _same_recipe(config: TrainConfig, folder: Path) -> None:
             raise BadArgument(
                 f"{folder} holds another training ({differs}); give another --out, or the recipe in {path}"
             )
-    elif (folder / "model.safetensors").exists():
+    elif (folder / CHECKPOINT).exists():
         raise BadArgument(f"{folder} holds a model of unknown recipe; give another --out")
 
 
@@ -201,7 +234,7 @@ def _search(run: Run) -> list[dict[str, Any]]:
         name = f"search-{index}"
         label = f"learning rate {index + 1} of {len(rates)}"
         try:
-            model, _ = fit(run, rates[index], run.config.search_steps, name, label=label)
+            model = fit(run, rates[index], run.config.search_steps, name, label=label).model
             score = float(validation(run)(model).loss.mean())
         except NonFinite:
             score = math.nan
@@ -219,8 +252,8 @@ def _search(run: Run) -> list[dict[str, Any]]:
     return done
 
 
-def _make_card(run: Run, model: nn.Module, peak: float, tried: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
-    config, task = run.config, run.task
+def _make_card(run: Run, fitted: Fitted, peak: float, tried: list[dict[str, Any]]) -> dict[str, Any]:
+    config, task, model = run.config, run.task, fitted.model
     if len(tried) == 1:
         tried = [{"lr": peak, "validation_error": float(validation(run)(model).loss.mean())}]
     return {
@@ -233,8 +266,8 @@ def _make_card(run: Run, model: nn.Module, peak: float, tried: list[dict[str, An
         "learning_rates": tried,
         "measured": measured(model, run),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "steps": config.steps,
-        "seconds": round(seconds, 1),
+        "steps": fitted.steps,
+        "seconds": round(fitted.seconds, 1),
         "processes": run.accelerator.num_processes,
         "threads": torch.get_num_threads(),
         "device": run.accelerator.device.type,

@@ -44,12 +44,13 @@ DOORS = {
     "matplotlib": ("interp/plot.py", "interp/plot/*"),
     "tyro": ("interp/cli.py",),
     "numba": ("models/scan/*",),
+    "ray": ("interp/sweep_ray.py",),
     "triton": ("models/scan/*",),
     "mamba_ssm": ("models/scan/*",),
     "causal_conv1d": ("models/scan/*",),
 }
 # Imported inside functions only: slow to import and seldom needed, or impossible without CUDA.
-LAZY = {"nnsight", "mamba_ssm", "causal_conv1d"}
+LAZY = {"nnsight", "mamba_ssm", "causal_conv1d", "ray"}
 
 PICKLING_MODULES = {"pickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 PICKLING_CALLS = {"torch.load", "torch.save"}

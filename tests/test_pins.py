@@ -25,7 +25,7 @@ RUN_TIME = [Requirement(line) for line in PROJECT["dependencies"]]
 TEST = [Requirement(line) for line in PROJECT["optional-dependencies"]["test"]]
 EXTRAS = [Requirement(r) for lines in PROJECT["optional-dependencies"].values() for r in lines]
 
-MODULE_OF = {"scikit-learn": "sklearn"}  # where the module is not the distribution's name with _ for -
+MODULE_OF = {"scikit-learn": "sklearn", "pyyaml": "yaml"}  # not the name with _ for -
 BROUGHT_ALONG = {"matplotlib"}  # by seaborn, whose figures are matplotlib's
 
 
