@@ -135,7 +135,8 @@ def failing(config: ablate_delta.Config, monkeypatch: pytest.MonkeyPatch, **chan
     subject = ablate_delta._subject("it", model, task, batch, evaluate.prompts(task, 16, 0, "reference"))
     model.card["measured"]["model"]["k=4"]["error"] += changes.pop("card", 0.0)
     if "corrupt" in changes:
-        monkeypatch.setattr(task, "corrupt", changes.pop("corrupt"))
+        other = changes.pop("corrupt")
+        monkeypatch.setattr(type(task), "corrupt", lambda task, batch, generator: other(batch, generator))
     controls = {"identity": changes.pop("identity", subject.runs.clean)}
     rivals, beside = [], {}
     for name, errors in changes.pop("rivals", {}).items():

@@ -215,7 +215,7 @@ def test_predictions_that_fit_another_ws_labels_are_seen(
     from interp import estimators
 
     subject, levels = parts["subject"], parts["levels"]
-    monkeypatch.setattr(subject.task, "corrupt", lambda batch, generator: batch)
+    monkeypatch.setattr(type(subject.task), "corrupt", lambda task, batch, generator: batch)
     solved = estimators.build("ols")(levels.within()).double()
     calibrated = levels.calibrated.clone()
     calibrated[-1, :, : levels.trained] = solved
