@@ -64,13 +64,18 @@ def cell(measured: dict[str, float]) -> str:
     return f"{measured['error']:.4f} ± {measured['standard_error']:.4f}"
 
 
+def isotropic() -> dict[str, dict[str, Any]]:
+    """The cards of linear regression with isotropic inputs."""
+    return {name: card for name, card in cards("linreg").items() if card["task_config"]["covariance"] == "isotropic"}
+
+
 def linreg_table() -> str:
     """The bundled checkpoints as their cards have them: squared error ÷ E[y²] on fresh prompts."""
     rows = [
         "| checkpoint | parameters | steps | seconds | learning rate | error at k = d | 2d | 4d |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for name, card in cards("linreg").items():
+    for name, card in isotropic().items():
         d, errors = card["task_config"]["d"], card["measured"]["model"]
         rows.append(row(name, card, [cell(errors[f"k={k}"]) for k in (d, 2 * d, 4 * d)]))
     return "\n".join(rows)
@@ -88,6 +93,22 @@ def outliers_table() -> str:
     return "\n".join(rows)
 
 
+def others_table() -> str:
+    """The bundled checkpoints of the grid as their cards have them, beside ridge regression on the same prompts."""
+    rows = [
+        "| checkpoint | parameters | steps | seconds | learning rate | k | error | ridge's |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name in models.names():
+        card = models.load(name).card
+        if name in {*cards("outliers"), *isotropic()}:
+            continue
+        measured = card["measured"]
+        k = sorted(int(key[2:]) for key in measured["model"] if key.startswith("k="))[1]
+        rows.append(row(name, card, [str(k), *(cell(measured[who][f"k={k}"]) for who in ("model", "ridge"))]))
+    return "\n".join(rows)
+
+
 @pytest.mark.contract
 def test_the_site_table_is_the_vocabulary() -> None:
     assert between("sites") == site_table(), f"put this between the markers:\n{site_table()}"
@@ -95,7 +116,7 @@ def test_the_site_table_is_the_vocabulary() -> None:
 
 @pytest.mark.contract
 def test_the_table_of_checkpoints_is_what_their_cards_say() -> None:
-    for marker, table in (("linreg", linreg_table()), ("outliers", outliers_table())):
+    for marker, table in (("linreg", linreg_table()), ("outliers", outliers_table()), ("others", others_table())):
         assert between(marker) == table, f"put this between the markers:\n{table}"
 
 
