@@ -16,7 +16,6 @@ matplotlib.use("Agg")
 import numpy as np
 import seaborn
 from jaxtyping import Float, Num
-from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize, SymLogNorm
 from matplotlib.figure import Figure
@@ -44,10 +43,9 @@ MARKERS = ("o", "s", "^", "v", "D", "P", "X", "*", "<", "p")
 def canvas(columns: Sequence[float], height: float, width: float = 12.5) -> tuple[Figure, list[Axes]]:
     """A figure with one row of panels of the given relative widths, lettered a, b, c …"""
     seaborn.set_theme(context="paper", style="ticks", font_scale=1.05)
-    pyplot.rcParams["svg.fonttype"] = "none"
-    figure, axes = pyplot.subplots(
-        1, len(columns), figsize=(width, height), gridspec_kw={"width_ratios": list(columns)}, layout="constrained"
-    )
+    matplotlib.rcParams["svg.fonttype"] = "none"
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots(1, len(columns), gridspec_kw={"width_ratios": list(columns)})
     panels = list(np.atleast_1d(axes))
     if len(panels) > 1:
         for letter, panel in zip("abcdefgh", panels, strict=False):
@@ -58,8 +56,8 @@ def canvas(columns: Sequence[float], height: float, width: float = 12.5) -> tupl
 def grid(rows: Sequence[Sequence[float]], heights: Sequence[float], width: float = 14.0) -> tuple[Figure, list[Axes]]:
     """A figure with rows of panels, each row with its own relative widths and its height in inches; lettered."""
     seaborn.set_theme(context="paper", style="ticks", font_scale=1.0)
-    pyplot.rcParams["svg.fonttype"] = "none"
-    figure = pyplot.figure(figsize=(width, sum(heights)), layout="constrained")
+    matplotlib.rcParams["svg.fonttype"] = "none"
+    figure = Figure(figsize=(width, sum(heights)), layout="constrained")
     parts = figure.add_gridspec(len(rows), 1, height_ratios=list(heights))
     panels = []
     for i, columns in enumerate(rows):
