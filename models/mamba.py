@@ -17,6 +17,16 @@ Glossary: batch, pos; d_model residual width; d_inner channels; d_state numbers 
 d_conv − 1 inputs before the prompt. A is (d_inner, d_state), real and negative; the step, the decay and the scan are
 computed in at least fp32. ``selective=False`` is the time-invariant twin: the same block with Δ, B and C learned
 constants.
+
+Three options take one nonlinearity out of the way from a token to what it writes, each by itself:
+
+    selection="constant_step"   Δ = softplus(b_Δ), a learned constant for each channel; B and C stay selective
+    step="tangent"              Δ = softplus(b_Δ) + σ(b_Δ) (u − b_Δ) at u = W_Δ s + b_Δ: softplus's tangent at the bias
+    gate="linear"               out = W_out (y · z)
+
+The tangent falls below 0 where u is far below the bias. The Δ that writes is left as it is, of either sign: held at 0
+it would be a bent line again, and every bend makes powers of the label. The Δ that decays is held at 0, which keeps ā
+in (0, 1]: there a token forgets nothing.
 """
 
 from __future__ import annotations
@@ -30,13 +40,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hooks.errors import BadArgument
+from hooks.errors import BadArgument, unknown
 from hooks.point import emit, only_read, plain_linear, site, state_edits, watched
 from models.recurrence import recurrence
 from models.scan import convolution, kernel, selective_scan, selective_scan_states, selective_states
 from models.stack import LayerState, Stack
 
 Inner = Float[Tensor, "batch pos d_inner"]
+OPTIONS = {"selection": ("content", "constant_step"), "step": ("softplus", "tangent"), "gate": ("silu", "linear")}
+"""Fields of the config that are one of a few words, the published block first."""
 
 
 @dataclass(frozen=True)
@@ -57,16 +69,32 @@ class MambaConfig:
     d_in: int = 1
     d_out: int = 1
     tie_embeddings: bool = True
+    selection: str = "content"
+    step: str = "softplus"
+    gate: str = "silu"
 
     def __post_init__(self) -> None:
         for name in ("d_model", "n_layers", "d_state", "d_conv", "expand", "d_in", "d_out"):
             if getattr(self, name) < 1:
                 raise BadArgument(f"{name}={getattr(self, name)}: it must be at least 1")
+        for name, known in OPTIONS.items():
+            if getattr(self, name) not in known:
+                raise BadArgument(unknown(f"value of {name}", getattr(self, name), known))
+        constant = "selective=False" if not self.selective else 'selection="constant_step"'
+        if not self.selective and self.selection != "content":
+            raise BadArgument(f'selection="{self.selection}" is about a selective block, and selective=False has none')
+        if self.step != "softplus" and not self.content_step:
+            raise BadArgument(f'step="{self.step}" is about a step that follows the token, and {constant} has none')
 
     @property
     def device(self) -> str:
         """Where TransformerLens' ``patching`` collects its numbers; says nothing of where the model is."""
         return "cpu"
+
+    @property
+    def content_step(self) -> bool:
+        """Whether Δ follows the token."""
+        return self.selective and self.selection == "content"
 
     @property
     def d_inner(self) -> int:
@@ -112,13 +140,16 @@ class MambaMixer(nn.Module):
         self.conv1d = CausalConv(width, cfg.d_conv, cfg.conv_bias)
         self.hook_x_pre, self.hook_x = site("hook_x_pre"), site("hook_x")
         step_bias = _initial_step_bias(width)
-        if cfg.selective:
+        if cfg.content_step:
             self.x_proj = nn.Linear(width, cfg.rank + 2 * n, bias=False)
             self.dt_proj = nn.Linear(cfg.rank, width)
             nn.init.uniform_(self.dt_proj.weight, -(cfg.rank**-0.5), cfg.rank**-0.5)
             self.dt_proj.bias.data.copy_(step_bias)
         else:
             self.dt_bias = nn.Parameter(step_bias)
+        if cfg.selective and not cfg.content_step:
+            self.x_proj = nn.Linear(width, 2 * n, bias=False)
+        if not cfg.selective:
             self.B = nn.Parameter(torch.randn(n))
             self.C = nn.Parameter(torch.randn(n))
         self.hook_delta_pre, self.hook_delta = site("hook_delta_pre"), site("hook_delta")
@@ -155,7 +186,9 @@ class MambaMixer(nn.Module):
         y, h_last = self._scan(x, state, return_state)
         y = emit(self.hook_y, y.to(x.dtype))
         skip = emit(self.hook_skip, self.D.to(x.dtype) * x)
-        gate = emit(self.hook_gate, F.silu(z))
+        linear = self.cfg.gate == "linear"
+        # Shared: a linear gate is z itself.
+        gate = emit(self.hook_gate, z if linear else F.silu(z), shared=linear)
         gated = emit(self.hook_gated, (y + skip) * gate)
         out = emit(self.hook_out, self.out_proj(gated))
         if not return_state or h_last is None:
@@ -189,7 +222,8 @@ class MambaMixer(nn.Module):
             return self._convolve(x), None
         delta, B, C = self._selection(x)
         # Shared: each role is edited apart, also by a hook that writes in place.
-        delta_decay = emit(self.hook_delta_decay, delta, shared=True)
+        forgets = delta.clamp(min=0) if self.cfg.step == "tangent" else delta
+        delta_decay = emit(self.hook_delta_decay, forgets, shared=True)
         delta_write = emit(self.hook_delta_write, delta, shared=True)
         B, C = emit(self.hook_B, B), emit(self.hook_C, C)
         h0 = self._initial_state(None if state is None else state.h, delta)
@@ -238,18 +272,29 @@ class MambaMixer(nn.Module):
         """Δ (batch, pos, d_inner), B and C (batch, pos, d_state), in at least fp32."""
         rank, n = self.cfg.rank, self.cfg.d_state
         wide = torch.promote_types(x.dtype, torch.float32)
-        if self.cfg.selective:
+        shape = x.shape[:2]
+        if self.cfg.content_step:
             low, B, C = self.x_proj(x).split([rank, n, n], dim=-1)
             delta_pre = self.dt_proj(low).to(wide)
+        else:
+            delta_pre = self.dt_bias.to(wide).expand(*shape, -1)
+            if self.cfg.selective:
+                B, C = self.x_proj(x).split([n, n], dim=-1)
+        if self.cfg.selective:
             B, C = (part.to(wide).clone(memory_format=torch.contiguous_format) for part in (B, C))
         else:
-            shape = x.shape[:2]
-            delta_pre = self.dt_bias.to(wide).expand(*shape, -1)
             B, C = self.B.to(wide).expand(*shape, -1), self.C.to(wide).expand(*shape, -1)
-            if watched(self.hook_delta_pre, self.hook_B, self.hook_C):
-                delta_pre, B, C = delta_pre.contiguous(), B.contiguous(), C.contiguous()
+        if not self.cfg.content_step and watched(self.hook_delta_pre, self.hook_B, self.hook_C):
+            delta_pre, B, C = delta_pre.contiguous(), B.contiguous(), C.contiguous()
         delta_pre = emit(self.hook_delta_pre, delta_pre)
+        if self.cfg.step == "tangent":
+            return emit(self.hook_delta, tangent(delta_pre, self.dt_proj.bias.to(wide))), B, C
         return emit(self.hook_delta, F.softplus(delta_pre)), B, C
+
+
+def tangent(u: Tensor, at: Tensor) -> Tensor:
+    """softplus(at) + σ(at) (u − at): the line that touches softplus at ``at``, which broadcasts to ``u``."""
+    return F.softplus(at) + torch.sigmoid(at) * (u - at)
 
 
 def _given(value: Tensor | None, shape: tuple[int, ...], like: Tensor, what: str) -> Tensor:

@@ -309,6 +309,7 @@ def test_an_identity_that_changes_something_is_seen(folder: Path, monkeypatch: p
     assert failing(config(folder), looked_into(config(folder))) == {IDENTITY}
 
 
+@pytest.mark.slow
 @pytest.mark.end_to_end
 def test_the_command_on_the_bundled_checkpoints(tmp_path: Path) -> None:
     """``python -m analyses.attribute_outliers --quick``: files and checks; and one flag wrong."""

@@ -299,6 +299,7 @@ class _Still:
         return getattr(self.real, name)
 
 
+@pytest.mark.slow
 @pytest.mark.end_to_end
 def test_the_command(paths: dict[str, str], tmp_path: Path) -> None:
     """``python -m analyses.compare_states --quick``: files, table, checks; and one model only."""

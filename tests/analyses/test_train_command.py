@@ -173,6 +173,7 @@ def wait_for_checkpoint(process: subprocess.Popen[Any], out: Path) -> None:
         time.sleep(0.005)
 
 
+@pytest.mark.slow
 @pytest.mark.end_to_end
 def test_the_real_command_killed_and_started_again_ends_in_the_same_weights(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
