@@ -341,8 +341,11 @@ def plot(result: Result) -> Figure:
         (changed_read, "change_read", float(arrays["read_trained"][0, -1])),
     ):
         groups = {how: tuple(arrays[key][:, i].T) for i, how in enumerate(("only ablated", "retrained"))}
-        draw.dots(panel, names, {how: ends for how, ends in groups.items() if np.isfinite(ends[0]).any()}, zero=zero)
-        panel.legend(frameon=False, fontsize=7, loc="best", title="dashed: as trained", title_fontsize=7)
+        draw.dots(panel, names, {how: ends for how, ends in groups.items() if np.isfinite(ends[0]).any()})
+        panel.axvline(zero, color="0.45", linewidth=1.2, linestyle="--", zorder=0, label="as trained")
+        panel.legend(
+            frameon=False, fontsize=7, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=3, borderaxespad=0.1
+        )
     seen = arrays["change_error"][np.isfinite(arrays["change_error"])]
     if seen.max(initial=level) > 4 * seen.min(initial=level):
         changed.set_xscale("log")

@@ -109,7 +109,7 @@ def test_the_figure_is_redrawn_from_disk_with_its_controls(result: Result, tmp_p
     assert [axes.get_title(loc="left") for axes in panels] == list("abcdef")
     legends = [[text.get_text() for text in axes.get_legend().get_texts()] for axes in panels]
     assert {"the model", "kernel ridge, told the subspace", "predict 0"} <= set(legends[0])
-    assert legends[1] == ["only ablated", "retrained"]
+    assert legends[1] == legends[2] == ["only ablated", "retrained", "as trained"]
     assert {"untrained", "shuffled", "Σ y φ(x)"} <= set(legends[3])
     assert {"write, Δ at its mean", "write, untrained", "the label itself"} <= set(legends[4]) & set(legends[5])
     row = result.table[(result.table.part == "error") & (result.table.how == "trained")].iloc[0]
