@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import Tensor
 
-    from interp.ablation import Ablation, Cell
-    from interp.ablation_rows import Rows
+    from interp.ablation.effects import Ablation, Cell
+    from interp.ablation.rows import Rows
     from interp.result import Check, Result
     from interp.tasks import Batch, Task
     from interp.variance import Shares
@@ -99,7 +99,7 @@ def run(config: Config) -> Result:
 
     import models
     from interp import evaluate, provenance
-    from interp.ablation import cells_of
+    from interp.ablation.effects import cells_of
     from interp.progress import progress
     from interp.result import Result
     from interp.variance import shares
@@ -158,7 +158,7 @@ def _open(name: str, config: Config) -> tuple[Root, Task]:
 
 
 def _subject(name: str, model: Root, task: Task, batch: Batch, others: Batch) -> Subject:
-    from interp.ablation import Ablation, Reference
+    from interp.ablation.effects import Ablation, Reference
 
     return Subject(name, model, task, Ablation(model, task, batch, Reference(model, others, task.kinds)))
 
@@ -183,14 +183,14 @@ def _rivals(subject: Subject, batch: Batch, others: Batch, config: Config) -> li
 
 def _beside(rival: Subject, tick: Any) -> dict[Cell, Tensor]:
     """The modes in all layers at once, on another model."""
-    from interp.ablation import MEANS, Cell
+    from interp.ablation.effects import MEANS, Cell
 
     return rival.runs.sweep([Cell(mode) for mode in (*MEANS, "resample", "scale×0.5", "scale×2")], tick)
 
 
 def _controls(subject: Subject, config: Config, tick: Any) -> dict[str, Tensor]:
     """Errors of the subject under each control, by name."""
-    from interp import ablation_controls as make
+    from interp.ablation import controls as make
 
     runs = subject.runs
     changes: dict[str, Any] = {"identity": make.identity(subject.model)}
@@ -207,7 +207,7 @@ def _controls(subject: Subject, config: Config, tick: Any) -> dict[str, Tensor]:
 
 
 def _tap_shares(subject: Subject) -> dict[str, list[float]]:
-    from interp.ablation_controls import has_taps, tap_share
+    from interp.ablation.controls import has_taps, tap_share
 
     if not has_taps(subject.model):
         return {}
@@ -222,7 +222,7 @@ def _rows(
     beside: Mapping[str, Mapping[Cell, Tensor]],
 ) -> Rows:
     """Every condition, each against the clean run of its own model; least squares and others last."""
-    from interp.ablation_rows import Condition, Rows
+    from interp.ablation.rows import Condition, Rows
 
     rows = Rows()
     rows.add(Condition(subject.name, "clean"), subject.runs.clean, subject.runs.clean)
@@ -287,8 +287,8 @@ def _checks(
 
     import hooks
     from interp import evaluate, seeds
-    from interp.ablation import MEANS
-    from interp.ablation_controls import identity
+    from interp.ablation.controls import identity
+    from interp.ablation.effects import MEANS
     from interp.result import Check
     from interp.tasks.base import guess
 

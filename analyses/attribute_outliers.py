@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import Tensor
 
-    from interp.outlier_parts import Findings
+    from interp.outliers.parts import Findings
     from interp.result import Check, Result
     from interp.tasks import Batch, Task
     from models import Root
@@ -111,8 +111,8 @@ def run(config: Config) -> Result:
     from hooks.errors import BadArgument
     from interp import provenance
     from interp.arguments import between, whole_number
-    from interp.outlier_parts import GATED, Findings, gate_rows, used, why
-    from interp.outlier_prompts import draw
+    from interp.outliers.parts import GATED, Findings, gate_rows, used, why
+    from interp.outliers.prompts import draw
     from interp.progress import progress
     from interp.result import Result
 
@@ -166,7 +166,7 @@ def _open(config: Config) -> Subjects:
     from hooks.errors import BadArgument
     from interp import tasks
     from interp.arguments import named_values, usable_device
-    from interp.outlier_prompts import share_of
+    from interp.outliers.prompts import share_of
 
     share_of(tasks.build(config.task))
     device = usable_device(config.device)
@@ -206,7 +206,7 @@ def _theory(task: Task) -> dict[str, Any]:
     """The one-layer models of the theory with weights set by hand for this task, where they read its tokens."""
     import torch
 
-    from interp.outlier_parts import GATED
+    from interp.outliers.parts import GATED
     from models.theory import online_gradient, pattern_vote
 
     whole: Any = task
@@ -266,7 +266,7 @@ def _errors(found: Findings, subjects: Subjects, conditions: list[Condition], co
     import torch
 
     from interp import evaluate, tasks
-    from interp.outlier_prompts import share_of
+    from interp.outliers.prompts import share_of
 
     share = share_of(subjects.task)
     drawn = []
@@ -289,7 +289,7 @@ def _errors(found: Findings, subjects: Subjects, conditions: list[Condition], co
 
 
 def _error_row(found: Findings, name: str, condition: Condition, error: Tensor) -> None:
-    from interp.outlier_rows import level
+    from interp.outliers.rows import level
 
     found.rows.add(condition.part, name, condition.label, "error", level(error), alpha=condition.alpha)
 
@@ -301,8 +301,8 @@ def _classes(batch: Batch) -> bool:
 def _checks(found: Findings, subjects: Subjects, untrained: Root, count: int, seed: int) -> list[Check]:
     """What must hold for the numbers to mean anything."""
     from interp import evaluate
-    from interp.outlier_edits import run as predict
-    from interp.outlier_parts import BOUNDS
+    from interp.outliers.edits import run as predict
+    from interp.outliers.parts import BOUNDS
     from interp.result import Check
 
     checks = []
@@ -339,7 +339,7 @@ def _checks(found: Findings, subjects: Subjects, untrained: Root, count: int, se
 def _exposed(model: Root, batch: Batch) -> Tensor | None:
     """The predictions with the scan sites formed; None where the model has no scan."""
     import hooks
-    from interp.outlier_edits import run as predict
+    from interp.outliers.edits import run as predict
 
     if not any(name.endswith(".hook_state") for name in model.hook_dict):
         return None
@@ -349,7 +349,7 @@ def _exposed(model: Root, batch: Batch) -> Tensor | None:
 
 def plot(result: Result) -> Figure:
     """Error against α; placement; votes, their split, the gate; what the interventions change."""
-    from interp.outlier_figure import figure
+    from interp.outliers.figure import figure
 
     return figure(result)
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from interp.result import Check, Result
     from interp.similarity import Similarity
-    from interp.state_study import Plan, Study
+    from interp.states.study import Plan, Study
     from interp.tasks import Task
     from models import Root
 
@@ -82,10 +82,11 @@ def run(config: Config) -> Result:
     """
     began = time.perf_counter()
     import models
-    from interp import provenance, state_rows
+    from interp import provenance
     from interp.progress import progress
     from interp.result import Result
-    from interp.state_study import one_thread, plan, study
+    from interp.states import rows as state_rows
+    from interp.states.study import one_thread, plan, study
 
     names, loaded, task = _open(config)
     components = min(config.components, 12) if config.quick else config.components
@@ -125,8 +126,9 @@ def _open(config: Config) -> tuple[list[str], list[Root], Task]:
     """The models, each under a name of its own, and the one task that all were trained on."""
     import models
     from hooks.errors import BadArgument
-    from interp import cards, states, tasks
+    from interp import cards, tasks
     from interp.arguments import usable_device, whole_number
+    from interp.states import reading as states
 
     cards.need_vectors(tasks.build(config.task), "the comparison of states")
     whole_number("longer", config.longer, least=2)

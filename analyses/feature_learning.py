@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     import numpy as np
     from matplotlib.figure import Figure
 
-    from interp.feature_rows import All
-    from interp.feature_study import Subject
+    from interp.features.rows import All
+    from interp.features.study import Subject
     from interp.result import Check, Result
     from models import Root
 
@@ -73,9 +73,10 @@ def run(config: Config) -> Result:
     """
     began = time.perf_counter()
     import models
-    from interp import feature_rows, provenance
+    from interp import provenance
+    from interp.features import rows as feature_rows
     from interp.result import Result
-    from interp.state_study import one_thread
+    from interp.states.study import one_thread
 
     name, every, notes = _measured(config)
     with one_thread():
@@ -99,12 +100,14 @@ def run(config: Config) -> Result:
 
 def _measured(config: Config) -> tuple[str, All, list[str]]:
     """The model's name, everything that was measured, and what is left out."""
-    from interp import evaluate, feature_rivals, feature_study
+    from interp import evaluate
     from interp.arguments import whole_number
-    from interp.feature_rows import All
-    from interp.feature_study import HELD, STEP, WRITE, study
+    from interp.features import rivals as feature_rivals
+    from interp.features import study as feature_study
+    from interp.features.rows import All
+    from interp.features.study import HELD, STEP, WRITE, study
     from interp.progress import progress
-    from interp.state_study import one_thread
+    from interp.states.study import one_thread
 
     prompts = QUICK if config.quick else whole_number("prompts", config.prompts, 32)
     components = min(24, config.components) if config.quick else whole_number("components", config.components, 1)
@@ -138,7 +141,7 @@ def _open(config: Config) -> tuple[str, Root, Any]:
     from hooks.errors import BadArgument
     from interp import tasks
     from interp.arguments import usable_device
-    from interp.feature_variants import variant_of
+    from interp.features.variants import variant_of
 
     tasks.build(config.task)
     if config.task != "single_index":
@@ -176,8 +179,8 @@ def _subjects(config: Config, name: str, model: Root) -> tuple[list[Subject], li
 
     import models
     from hooks.errors import BadArgument
-    from interp.feature_study import Subject
-    from interp.feature_variants import VARIANTS, variant_of
+    from interp.features.study import Subject
+    from interp.features.variants import VARIANTS, variant_of
 
     retrained: dict[str, Subject] = {}
     for entry in config.variants or tuple(VARIANTS):
@@ -218,7 +221,7 @@ def _checks(every: All) -> list[Check]:
 
     import hooks
     from interp import evaluate
-    from interp.feature_transform import exact, features, transform
+    from interp.features.transform import exact, features, transform
     from interp.probe import lucky
     from interp.result import Check
 
@@ -288,7 +291,7 @@ def _twin(subject: Subject) -> Any:
     import torch
 
     import models
-    from interp.feature_variants import VARIANTS
+    from interp.features.variants import VARIANTS
 
     model = subject.model
     assert subject.variant is not None

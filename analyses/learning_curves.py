@@ -26,10 +26,10 @@ from interp import cli
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from interp.curve_rows import Drawn
-    from interp.curves import Curve
+    from interp.curves.errors import Curve
+    from interp.curves.rivals import Rival
+    from interp.curves.rows import Drawn
     from interp.result import Check, Result
-    from interp.rivals import Rival
     from interp.tasks import Task
 
 QUICK = 64
@@ -81,8 +81,11 @@ def run(config: Config) -> Result:
     began = time.perf_counter()
     import models
     from hooks.errors import BadArgument
-    from interp import curve_rows, curves, provenance, published, rivals
+    from interp import provenance
     from interp.arguments import between, whole_number
+    from interp.curves import errors as curves
+    from interp.curves import published, rivals
+    from interp.curves import rows as curve_rows
     from interp.progress import progress
     from interp.result import Result
 
@@ -167,7 +170,8 @@ def _checks(
     loaded: Mapping[str, Any], beside: Sequence[Rival], task: Task, drawn: Sequence[Drawn], seed: int
 ) -> list[Check]:
     """What must hold for the numbers to mean anything."""
-    from interp import cards, curve_rows
+    from interp import cards
+    from interp.curves import rows as curve_rows
     from interp.result import Check
 
     checks: list[Check] = []
@@ -191,8 +195,8 @@ def _checks(
 
 def plot(result: Result) -> Figure:
     """A panel for each setting: models in colour, rivals in grey, published numbers as rings."""
-    from interp import curve_rows
     from interp import plot as draw
+    from interp.curves import rows as curve_rows
 
     panels_of = curve_rows.short(curve_rows.panels(result.arrays))
     across = min(3, len(panels_of))
@@ -221,7 +225,7 @@ def plot(result: Result) -> Figure:
 
 def _title(result: Result) -> str:
     """The sentence that the figure supports, made from its numbers."""
-    from interp import curve_rows
+    from interp.curves import rows as curve_rows
 
     return curve_rows.sentence(result.config, curve_rows.short(curve_rows.panels(result.arrays)))
 

@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     import numpy as np
     from matplotlib.figure import Figure
 
-    from interp.layers import Lens, Map, Probed, Subject
-    from interp.matching import Candidates
+    from interp.layers.matching import Candidates
+    from interp.layers.readings import Lens, Map, Probed, Subject
     from interp.result import Check, Result
 
 QUICK = 64
@@ -87,8 +87,11 @@ def run(config: Config) -> Result:
     import torch
 
     import models
-    from interp import layer_rows, layers, lens, matching, provenance
+    from interp import provenance
     from interp.arguments import whole_number
+    from interp.layers import lens, matching
+    from interp.layers import readings as layers
+    from interp.layers import rows as layer_rows
     from interp.progress import progress
     from interp.result import Result
 
@@ -137,7 +140,7 @@ def _subject(config: Config) -> Subject:
     from hooks.errors import BadArgument
     from interp import cards, tasks
     from interp.arguments import named_values, usable_device, whole_number
-    from interp.layers import Subject
+    from interp.layers.readings import Subject
     from interp.tasks.outlier_linreg import OutlierLinearRegression
 
     cards.need_vectors(tasks.build(config.task), "the lens")
@@ -193,8 +196,9 @@ def _checks(
     import numpy as np
     import torch
 
-    from interp import lens, seeds
+    from interp import seeds
     from interp.evaluate import predictions
+    from interp.layers import lens
     from interp.result import Check
     from interp.stats import ratio
 

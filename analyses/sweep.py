@@ -1,7 +1,7 @@
 """Train a whole grid, models × tasks × seeds × sizes, from one recipe; what is finished is kept.
 
 ``python -m analyses.sweep zoo --workers 2 --threads 1`` trains the bundled grid; a YAML file is one of
-yours (its fields: ``interp/sweep.py``). Every cell is a training of ``analyses.train`` in its own
+yours (its fields: ``interp/sweep/cells.py``). Every cell is a training of ``analyses.train`` in its own
 folder ``out/sweep/<name>/<cell>``. The same command goes on after a kill, keeps finished cells as
 they are, and tries failed ones again. A failed cell does not end the sweep: its reason is in the
 table, and the exit code is 1 at the end.
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from interp.result import Result
-    from interp.sweep import Cell, Sweep
-    from interp.sweep_local import Job, Outcome
+    from interp.sweep.cells import Cell, Sweep
+    from interp.sweep.local import Job, Outcome
 
 QUICK = 20
 FRESH = 256
@@ -70,10 +70,11 @@ def run(config: Config) -> Result:
     began = time.perf_counter()
     import models
     from hooks.errors import RunFailed
-    from interp import provenance, sweep_rows
+    from interp import provenance
     from interp.progress import progress
     from interp.result import Result
-    from interp.train import finished
+    from interp.sweep import rows as sweep_rows
+    from interp.training.train import finished
 
     of = read(config)
     folder = (config.out / "sweep" / of.name).absolute()
@@ -118,9 +119,9 @@ def read(config: Config) -> Sweep:
 
     from analyses.train import RECIPES, parts, sweeps
     from hooks.errors import BadArgument, unknown
-    from interp import sweep
     from interp.arguments import usable_device, whole_number
-    from interp.train import mixed
+    from interp.sweep import cells as sweep
+    from interp.training.train import mixed
 
     whole_number("workers", config.workers, 1, 1024)
     whole_number("threads", config.threads, 1, 1024)
@@ -154,7 +155,7 @@ def read(config: Config) -> Sweep:
 
 def _kept(cell: Cell, folder: Path) -> bool:
     """Whether the cell's checkpoint is there, of this very recipe, and nothing is left to tidy up."""
-    from interp.train import finished
+    from interp.training.train import finished
 
     return finished(cell.recipe, folder / cell.name) is not None and not (folder / cell.name / "resume").exists()
 
@@ -162,7 +163,7 @@ def _kept(cell: Cell, folder: Path) -> bool:
 def _jobs(cells: Sequence[Cell], folder: Path, config: Config) -> list[Job]:
     """One command of analyses.train for each cell, with its recipe written beside the runs."""
     from interp.files import strict_json, writable_folder, write_whole
-    from interp.sweep_local import Job
+    from interp.sweep.local import Job
 
     jobs = []
     for cell in cells:
@@ -176,7 +177,8 @@ def _jobs(cells: Sequence[Cell], folder: Path, config: Config) -> list[Job]:
 
 
 def _engine(config: Config) -> Callable[[Sequence[Job], int, Callable[[], Any]], Mapping[str, Outcome]]:
-    from interp import sweep_local, sweep_ray
+    from interp.sweep import cluster as sweep_ray
+    from interp.sweep import local as sweep_local
 
     if config.engine == "local":
         return sweep_local.run

@@ -28,7 +28,7 @@ from interp import cli
 
 if TYPE_CHECKING:
     from interp.tasks.base import Task
-    from interp.train import TrainConfig, Trained
+    from interp.training.train import TrainConfig, Trained
     from models import Root
 
 RECIPES = Path(__file__).resolve().parent / "recipes"
@@ -93,7 +93,7 @@ def run(config: Config) -> Trained:
     import torch
 
     from hooks.errors import BadArgument
-    from interp.train import train
+    from interp.training.train import train
     from models import checkpoint
 
     if config.threads is not None:
@@ -133,7 +133,7 @@ def resolve(config: Config) -> TrainConfig:
     """The recipe that a command line asks for: the named one, with the given flags put in."""
     from hooks.errors import BadArgument
     from interp.arguments import named_values
-    from interp.recipe import TrainConfig, from_dict
+    from interp.training.recipe import TrainConfig, from_dict
 
     values: dict[str, Any] = {}
     if config.recipe is not None:
@@ -173,8 +173,8 @@ def sweeps() -> list[str]:
 def named(name: str) -> TrainConfig:
     """The recipe called ``name``: a bundled file, else a cell of a bundled sweep, else the JSON file at that path."""
     from hooks.errors import BadArgument, unknown
-    from interp import sweep
-    from interp.recipe import read
+    from interp.sweep import cells as sweep
+    from interp.training.recipe import read
 
     if name in recipes():
         return read(RECIPES / f"{name}.json")

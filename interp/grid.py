@@ -12,7 +12,7 @@ from jaxtyping import Float
 
 from hooks.errors import BadArgument
 from interp import cards, evaluate, seeds, stats
-from interp.rivals import fair
+from interp.curves.rivals import fair
 from interp.tasks import Task
 
 EXACT = 1e-6

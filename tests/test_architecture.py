@@ -44,7 +44,7 @@ DOORS = {
     "matplotlib": ("interp/plot.py", "interp/plot/*"),
     "tyro": ("interp/cli.py",),
     "numba": ("models/scan/*",),
-    "ray": ("interp/sweep_ray.py",),
+    "ray": ("interp/sweep/cluster.py",),
     "triton": ("models/scan/*",),
     "mamba_ssm": ("models/scan/*",),
     "causal_conv1d": ("models/scan/*",),

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from typing import Any
 
 from interp.arguments import chosen
-from interp.chain_estimators import add_beta
 from interp.estimators.base import Estimator, Pairs
+from interp.estimators.chains import add_beta
 from interp.estimators.descent import gd, gdpp, newton, online_gd
 from interp.estimators.fitted import boosted_trees, lasso, tree
 from interp.estimators.linear import (

@@ -1,8 +1,8 @@
-"""The last step of each solver of ``interp.iterative``, which has all steps."""
+"""The last step of each solver of ``interp.estimators.iterative``, which has all steps."""
 
 from __future__ import annotations
 
-from interp import iterative
+from interp.estimators import iterative
 from interp.estimators.base import Estimator
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from hooks.errors import BadArgument
 from interp.arguments import one_of, whole_number
 from interp.estimators.base import Estimator, Pairs, blank, exact, only
-from interp.iterative import positive
+from interp.estimators.iterative import positive
 from interp.progress import progress
 from interp.refit import ExactLasso, Regressor, each_prefix
 

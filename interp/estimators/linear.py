@@ -9,7 +9,7 @@ from torch import Tensor
 
 from interp.arguments import between
 from interp.estimators.base import Estimator, Pairs
-from interp.iterative import positive, sums_before
+from interp.estimators.iterative import positive, sums_before
 
 DEPENDENT = 1e-10
 """A direction of the inputs smaller than this, relative to the largest, is absent. Repeated

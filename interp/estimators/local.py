@@ -10,7 +10,7 @@ from torch import Tensor
 from hooks.errors import BadArgument, unknown
 from interp.arguments import one_of, whole_number
 from interp.estimators.base import Estimator, Pairs, exact
-from interp.iterative import positive
+from interp.estimators.iterative import positive
 
 
 def knn(neighbours: int = 3, weights: str = "uniform") -> Estimator:

@@ -13,7 +13,7 @@ from torch import Tensor
 from interp import seeds
 from interp.arguments import whole_number
 from interp.estimators.base import Estimator, Pairs, blank, exact, only
-from interp.iterative import positive
+from interp.estimators.iterative import positive
 from interp.progress import progress
 
 PROMPTS = 64

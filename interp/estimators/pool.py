@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hooks.errors import BadArgument
 from interp.estimators.base import Estimator, Pairs, exact
-from interp.iterative import positive, sums_before
+from interp.estimators.iterative import positive, sums_before
 
 ENTRIES = 2**20
 """Numbers of one temporary, (prompt, n_pairs, pool): 8 MB, which a cache holds."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from hooks.errors import BadArgument
 from interp import estimators
 from interp.arguments import between, whole_number
-from interp.chain_estimators import contexts, entropy, tables, with_switch
+from interp.estimators.chains import contexts, entropy, tables, with_switch
 from interp.tasks.base import Batch, Model, log_probabilities, nats, token_batch
 
 LARGEST_TABLE = 1_000_000

@@ -17,8 +17,9 @@ import torch
 import models
 from analyses import ablate_delta
 from hooks.errors import BadArgument
-from interp import ablation_controls, cli, evaluate, tasks, variance
-from interp.ablation import Cell
+from interp import cli, evaluate, tasks, variance
+from interp.ablation import controls as ablation_controls
+from interp.ablation.effects import Cell
 from interp.result import Result
 
 D, N_PAIRS = 2, 9

@@ -16,9 +16,12 @@ import torch
 import models
 from analyses import attribute_outliers as analysis
 from hooks.errors import BadArgument
-from interp import cli, evaluate, outlier_edits, outlier_factors, outlier_parts, tasks
-from interp.outlier_parts import FLAGS, GATED, IDENTITY, PRODUCTS, SHARES, SUMS, Findings
-from interp.outlier_prompts import draw
+from interp import cli, evaluate, tasks
+from interp.outliers import edits as outlier_edits
+from interp.outliers import factors as outlier_factors
+from interp.outliers import parts as outlier_parts
+from interp.outliers.parts import FLAGS, GATED, IDENTITY, PRODUCTS, SHARES, SUMS, Findings
+from interp.outliers.prompts import draw
 from interp.recurrence import Recurrence
 from interp.result import Result
 from models.theory import pattern_vote

@@ -17,9 +17,10 @@ import hooks
 import models
 from analyses import compare_states
 from hooks.errors import BadArgument
-from interp import cli, evaluate, states, tasks
+from interp import cli, evaluate, tasks
 from interp.result import Result
-from interp.state_study import Plan, Study, plan, study
+from interp.states import reading as states
+from interp.states.study import Plan, Study, plan, study
 from interp.stats import Interval
 
 D, N_PAIRS = 2, 9

@@ -16,11 +16,12 @@ import torch
 import models
 from analyses import feature_learning
 from hooks.errors import BadArgument
-from interp import cli, evaluate, recipe, seeds, tasks
-from interp.feature_rows import All
-from interp.feature_variants import VARIANTS
+from interp import cli, evaluate, seeds, tasks
+from interp.features.rows import All
+from interp.features.variants import VARIANTS
 from interp.result import Result
 from interp.stats import Interval
+from interp.training import recipe
 
 LAYERS = 2
 RECIPES = Path(feature_learning.__file__).parent / "recipes"
@@ -208,7 +209,7 @@ def test_errors_that_are_not_the_walks_are_seen(every: All) -> None:
 
 
 def test_an_edit_that_is_another_function_is_seen(every: All, monkeypatch: pytest.MonkeyPatch) -> None:
-    from interp import feature_variants
+    from interp.features import variants as feature_variants
 
     monkeypatch.setattr(feature_variants._Kept, "held", lambda self, value: 2 * value)
     assert failing(every) == {"tangent-step: edit against the config with the same weights, relative"}

@@ -13,7 +13,10 @@ import torch
 import models
 from analyses import ablate_delta, compare_states, learning_curves, probe_layers
 from hooks.errors import BadArgument
-from interp import cli, curve_rows, curves, evaluate, published, rivals, seeds, shifts, tasks
+from interp import cli, evaluate, seeds, shifts, tasks
+from interp.curves import errors as curves
+from interp.curves import published, rivals
+from interp.curves import rows as curve_rows
 from interp.result import Result
 from interp.tasks.base import model_shape
 

@@ -16,7 +16,9 @@ import torch
 import models
 from analyses import probe_layers
 from hooks.errors import BadArgument
-from interp import cli, evaluate, layers, lens, matching, tasks
+from interp import cli, evaluate, tasks
+from interp.layers import lens, matching
+from interp.layers import readings as layers
 from interp.result import Result
 from interp.stats import Interval
 

@@ -19,14 +19,18 @@ import pytest
 import safetensors.torch
 import torch
 
-import interp.train
+import interp.training.train
 import models
 from analyses import sweep as command
 from analyses import train
 from hooks.errors import BadArgument, RunFailed
-from interp import cli, fit, resume, sweep, sweep_local, sweep_rows
+from interp import cli
 from interp.result import Result
-from interp.sweep_local import Job, Outcome
+from interp.sweep import cells as sweep
+from interp.sweep import local as sweep_local
+from interp.sweep import rows as sweep_rows
+from interp.sweep.local import Job, Outcome
+from interp.training import fit, resume
 from tests.interp.tiny import same
 
 TEXT = """
@@ -137,7 +141,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(sweep_local, "run", noted)
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-    monkeypatch.setattr(interp.train, "EVALUATION_PROMPTS", 64)
+    monkeypatch.setattr(interp.training.train, "EVALUATION_PROMPTS", 64)
     return trained
 
 

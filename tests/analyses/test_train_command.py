@@ -18,8 +18,9 @@ import torch
 import models
 from analyses import train as command
 from hooks.errors import BadArgument
-from interp import cli, evaluate, recipe, resume, tasks
+from interp import cli, evaluate, tasks
 from interp.tasks.base import model_shape
+from interp.training import recipe, resume
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = [

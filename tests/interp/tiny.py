@@ -16,9 +16,10 @@ import torch
 import torch._dynamo  # the optimizer's first step loads it; here once, and not in every forked child
 from torch import Tensor, nn
 
-from interp import fit, tasks
-from interp.recipe import TrainConfig
-from interp.train import Trained, train
+from interp import tasks
+from interp.training import fit
+from interp.training.recipe import TrainConfig
+from interp.training.train import Trained, train
 
 
 class Tiny(nn.Module):

@@ -1,0 +1,178 @@
+"""What ``probe_layers`` found, as the rows of its table and the arrays of its figure."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+from torch import Tensor
+
+from interp.layers import lens, matching
+from interp.layers.readings import SUMS, Lens, Map, Probed, Subject
+from interp.stats import Interval, bootstrap
+
+COLUMNS = ("model", "part", "block", "what", "setting", "k", "value", "low", "high", "n")
+Row = dict[str, Any]
+
+
+def table(rows: list[Row], model: str) -> pd.DataFrame:
+    """One row for each number: part (lens, profile, probe, match, map), block, what, setting, k, value, interval, n."""
+    return pd.DataFrame([{"model": model, **row} for row in rows], columns=list(COLUMNS))
+
+
+def lens_rows(seen: Lens, m: int) -> list[Row]:
+    """Errors of the lens and its floors, the scales and shifts, and the shares of the decrease."""
+    how = "fitted" if seen.refit else "not fitted"
+    named = {
+        f"error, {how}": seen.fitted,
+        "error, not fitted": seen.raw,
+        f"untrained: error, {how}": seen.untrained,
+        f"other labels: error, {how}": seen.other_labels,
+        f"another prompt's predictions: error, {how}": seen.other_prompt,
+    }
+    rows = [
+        _row("lens", block, what, interval, setting=f"m = {m}")
+        for what, values in named.items()
+        for block, interval in enumerate(_each(values))
+    ]
+    for what, values in (("scale (median)", seen.scale), ("shift (median)", seen.shift)):
+        rows += [_row("lens", block, what, interval) for block, interval in enumerate(_each(values, median=True))]
+    for what, part in (("error", seen.profile.share), ("log error", seen.profile.factor)):
+        for block, interval in enumerate(_apart(part), start=1):
+            rows.append(_row("profile", block, f"share of the decrease of the {what}", interval))
+    return rows
+
+
+def probe_rows(probes: list[Probed]) -> list[Row]:
+    """R² of every probe and of its controls (``setting``)."""
+    return [
+        _row("probe", one.block, f"{one.features} → {one.target}", interval, setting=control, k=str(one.k))
+        for one in probes
+        for control, interval in {"": one.probe.score, **one.probe.controls}.items()
+    ]
+
+
+def match_rows(matches: list[matching.Match]) -> list[Row]:
+    """The distance of every block to every family at its best setting, then the nearest family."""
+    rows = []
+    for block, one in enumerate(matches):
+        for family, (setting, interval) in one.family.items():
+            rows.append(_row("match", block, family, interval, setting=setting))
+        setting, interval = one.family[one.best]
+        sure = "" if one.clear else ", not told apart from the next"
+        steps = "" if one.steps[0] < 0 else f", steps [{one.steps[1]}, {one.steps[2]}]"
+        rows.append(_row("match", block, f"nearest: {one.best}{sure}", interval, setting=f"{setting}{steps}"))
+    return rows
+
+
+def map_rows(levels: Map, subject: Subject) -> list[Row]:
+    """The map at the task's own k, half-way beyond, and at its end."""
+    last = levels.raw.shape[-1] - 1
+    ks = {*subject.task.report_ks, subject.k, (levels.trained + last) // 2, last} & set(range(last + 1))
+    return [
+        _row("map", block, "error, not fitted", interval, k=str(k))
+        for k in sorted(ks)
+        for block, interval in enumerate(_each(levels.raw[..., k]))
+    ]
+
+
+def lens_arrays(seen: Lens, m: int) -> dict[str, np.ndarray]:
+    """``lens_*``, ``scale``, ``shift``, ``share``, ``factor``: (3, block), mean, low, high."""
+    profile = seen.profile
+    return {
+        "lens_fitted": _stack(_each(seen.fitted)),
+        "lens_raw": _stack(_each(seen.raw)),
+        "lens_untrained": _stack(_each(seen.untrained)),
+        "lens_other_labels": _stack(_each(seen.other_labels)),
+        "lens_floor": np.array(lens.floor(m) if seen.refit else 0.5),
+        "lens_refit": np.array(seen.refit),
+        "scale": _stack(_each(seen.scale, median=True)),
+        "shift": _stack(_each(seen.shift, median=True)),
+        "share": _stack(_apart(profile.share)),
+        "factor": _stack(_apart(profile.factor)),
+        "profile_words": np.array([profile.words, profile.log_words]),
+    }
+
+
+def probe_arrays(probes: list[Probed]) -> dict[str, np.ndarray]:
+    """``probe_<features>_<k>`` (target, 3, block), the same with ``_shuffled`` and ``_untrained``, and the names."""
+    arrays: dict[str, np.ndarray] = {}
+    targets = list(dict.fromkeys(one.target for one in probes))
+    for kind, k in dict.fromkeys((one.features, one.k) for one in probes):
+        chosen = [[one.probe for one in probes if (one.features, one.k, one.target) == (kind, k, t)] for t in targets]
+        name = f"probe_{'sums' if kind == SUMS else kind}_{k}"
+        arrays[name] = np.array([_stack([one.score for one in row]) for row in chosen])
+        for control in chosen[0][0].controls:
+            arrays[f"{name}_{control}"] = np.array([_stack([one.controls[control] for one in row]) for row in chosen])
+    return {"probe_targets": np.array(targets), "probe_ks": np.array(sorted({one.k for one in probes})), **arrays}
+
+
+def match_arrays(
+    matches: list[matching.Match], found: matching.Candidates | None, levels: Map, seed: int
+) -> dict[str, np.ndarray]:
+    """``match`` (family, 3, block); for the last block ``match_by_k`` (family, 3, k); GD and GD++ by step."""
+    if not matches or found is None:
+        return {}
+    families = list(matches[0].family)
+    by_k = matching.curve(levels.calibrated[-1][:, : levels.trained], found, matches[-1], seed)
+    return {
+        "match_families": np.array(families),
+        "match": np.array([_stack([one.family[name][1] for one in matches]) for name in families]),
+        "match_best": np.array([one.best for one in matches]),
+        "match_setting": np.array([one.family[one.best][0] for one in matches]),
+        "match_clear": np.array([one.clear for one in matches]),
+        "match_steps": np.array([one.steps for one in matches]),
+        "match_agreement": np.array([one.agreement for one in matches]),
+        "match_by_k": np.array([_stack(_apart(by_k[name])) for name in families]),
+        "descent_gd": _descent(levels, found, ("GD", "fastest"), len(matches)),
+        "descent_gdpp": _descent(levels, found, ("GD++", "iterated"), len(matches)),
+    }
+
+
+def map_arrays(levels: Map) -> dict[str, np.ndarray]:
+    """``map`` (block, k), ``k``, and how many of them are within training."""
+    return {
+        "map": levels.raw.mean(1).numpy(),
+        "map_trained": np.array(levels.trained),
+        "map_last": _stack(_each(levels.raw[-1].T)),
+        "k": np.arange(levels.raw.shape[-1]),
+    }
+
+
+def _descent(
+    levels: Map, found: matching.Candidates, which: tuple[str, str], blocks: int
+) -> Float[np.ndarray, "block"]:
+    """The error ÷ that of zero after 0, 1, … steps, one a block, at the last trained k."""
+    k = levels.trained - 1
+    goal = levels.batch.y[:, k].double()
+    steps = {
+        step: i
+        for i, (family, setting, step) in enumerate(zip(found.family, found.setting, found.step, strict=True))
+        if family == which[0] and setting.startswith(which[1])
+    }
+    errors = [(found.prediction[steps[t]][:, k] - goal).square().mean() for t in range(1, blocks) if t in steps]
+    return np.array([1.0, *(float(error / goal.square().mean()) for error in errors)])
+
+
+def _row(part: str, block: int, what: str, interval: Interval, **more: str) -> Row:
+    shown = {"value": float(interval.mean), "low": float(interval.low), "high": float(interval.high)}
+    return {"part": part, "block": block, "what": what, "setting": "", "k": "", **more, **shown, "n": interval.n}
+
+
+def _each(values: Float[Tensor, "block batch"], median: bool = False) -> list[Interval]:
+    """The mean (or median) over prompts of each block, with its interval."""
+    middle = (lambda sample: np.median(sample, axis=0)) if median else None
+    return _apart(bootstrap(values.T.double().cpu().numpy(), statistic=middle))
+
+
+def _apart(interval: Interval) -> list[Interval]:
+    """One interval for each entry."""
+    ends = zip(interval.mean, interval.low, interval.high, strict=True)
+    return [Interval(np.asarray(mean), np.asarray(low), np.asarray(high), interval.n) for mean, low, high in ends]
+
+
+def _stack(intervals: list[Interval]) -> Float[np.ndarray, "3 entry"]:
+    """Means, lower ends, upper ends."""
+    return np.array([[one.mean, one.low, one.high] for one in intervals], dtype=float).T

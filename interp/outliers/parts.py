@@ -1,0 +1,269 @@
+"""The parts of an outlier analysis that look into one model: why outliers weigh less, and whether that is used.
+
+Both write rows and arrays, and hand back the numbers that must be small for these to mean anything.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hooks.errors import BadArgument
+from interp import seeds
+from interp.contributions import contributions
+from interp.metric import recovery
+from interp.outliers import edits
+from interp.outliers.factors import FACTORS, factors, split
+from interp.outliers.gate import by_rank, clock, selection_gate
+from interp.outliers.prompts import Prompts, by_example, shuffled, tokens_of
+from interp.outliers.rows import ENOUGH, Rows, by_place, level, mean_in
+from interp.stats import bootstrap, ratio
+
+GATED = "theory, gated (hand-set)"
+"""The model of the theory whose gate is drawn beside that of a trained one."""
+SUMS = "contributions: distance of their sum from what they explain, relative"
+PRODUCTS = "factors: distance of their product from the contributions, relative"
+SHARES = "Shapley shares: distance of their sum from the difference, relative"
+FLAGS = "shuffled outlier flags: difference in standard errors"
+IDENTITY = "identity edit: largest change of a prediction"
+BOUNDS = {SUMS: 1e-5, PRODUCTS: 1e-3, SHARES: 1e-6, FLAGS: 4.0, IDENTITY: 0.0}
+"""The largest value of each that still lets the numbers mean something."""
+
+
+@dataclass
+class Findings:
+    """Rows, arrays, and the numbers that checks are made of."""
+
+    rows: Rows = field(default_factory=Rows)
+    arrays: dict[str, np.ndarray] = field(default_factory=dict)
+    checks: dict[str, float] = field(default_factory=dict)
+
+    def worst(self, name: str, value: float) -> None:
+        """Keep the largest."""
+        self.checks[name] = max(self.checks.get(name, value), value)
+
+
+def query(output: Tensor) -> Float[Tensor, " batch"]:
+    """The prediction: what the model says at the last position."""
+    return output[:, -1, 0]
+
+
+def why(found: Findings, name: str, model: Any, prompts: Prompts, layer: int, knocked: int, seed: int) -> None:
+    """Contributions of every context example, their split over factors, and the gate, in one layer.
+
+    ``knocked`` is the number of prompts whose writes are also knocked out one by one.
+    """
+    votes, groups, pairs = prompts.votes().double(), prompts.groups, prompts.context.shape[1]
+    tokens = prompts.batch.tokens.to(next(model.parameters()))
+    context = {group: chosen[:, :-1] for group, chosen in groups.items()}
+    out = _left_out(model, prompts)
+    _contribution(found, name, "left out", "", out * votes[:, :-1], context)
+    _shuffled_flags(found, name, out.abs(), prompts, seed)
+    _closeness(found, "left_out", out * votes[:, :-1], context)
+    try:
+        first = contributions(model, tokens, layer, scalar=query)
+    except BadArgument as error:
+        found.rows.skip(name, f"contributions, split and gate: {error}")
+        return
+    found.worst(SUMS, first.relative_error)
+    each = by_example(first.tokens, pairs).sum(-1).double()
+    _contribution(found, name, "first order", str(layer), each * votes, groups)
+    _closeness(found, "first_order", (each * votes)[:, :-1], context)
+    if f"blocks.{layer}.mixer.hook_conv_init" in model.hook_dict:
+        taps = _with_taps(found, name, model, tokens, layer)
+        if taps is not None:
+            shown = by_example(taps, pairs).sum(-1).double() * votes
+            _contribution(found, name, "first order, taps inside", str(layer), shown, groups)
+    _knocked_out(found, name, model, prompts, layer, knocked)
+    try:
+        seen = factors(model, tokens[:ENOUGH], layer, query)
+    except BadArgument as error:
+        found.rows.skip(name, f"split and gate: {error}")
+        return
+    size = float(first.tokens.abs().max()) or 1.0
+    again = float((seen.contributions() - first.tokens[:ENOUGH]).abs().max()) / size
+    found.worst(PRODUCTS, again)
+    _split(found, name, model, prompts, layer)
+    gate_rows(found, name, model, prompts, layer)
+
+
+def used(found: Findings, name: str, model: Any, prompts: Prompts, reference: Prompts, seed: int) -> None:
+    """Error, margin and recovery under every intervention on one model."""
+    batch, scale = prompts.batch.to("cpu").last(), prompts.task.scale
+    before = edits.run(model, prompts.batch)
+
+    def measures(prediction: Float[Tensor, " n"]) -> tuple[Tensor, Tensor]:
+        error = prompts.task.error(prediction[:, None], batch)[:, 0]
+        return error.double(), (prediction * batch.targets[:, 0] / scale).double()
+
+    clean = measures(before)
+    found.rows.add("use", name, "unedited", "error", level(clean[0]))
+    found.rows.add("use", name, "unedited", "margin", bootstrap(clean[1]))
+    planned = edits.interventions(model, prompts, edits.Reference(model, reference), seed)
+    for line in edits.lacking(model):
+        found.rows.skip(name, line)
+    if not planned:
+        why = "the model has none of their sites" if bool(prompts.outlier.any()) else "these prompts have no outliers"
+        found.rows.skip(name, f"interventions: {why}")
+    wholes: dict[int, Tensor] = {}
+    for one in planned:
+        after = edits.run(model, prompts.batch, one.edits)
+        error, margin = measures(after)
+        group = "control" if one.control else ""
+        found.rows.add("use", name, one.name, "error", level(error), group=group)
+        found.rows.add("use", name, one.name, "change of error", bootstrap(error - clean[0]), group=group)
+        found.rows.add("use", name, one.name, "change of margin", bootstrap(margin - clean[1]), group=group)
+        if one.whole is not None:
+            key = id(one.whole)
+            if key not in wholes:
+                wholes[key] = edits.run(model, one.whole)
+            if int((wholes[key] != before).sum()) >= ENOUGH:
+                share = recovery(after, wholes[key], before)
+                found.rows.add("use", name, one.name, "recovery", share, group=group)
+        if one.name == edits.NOTHING:
+            found.worst(IDENTITY, float((after - before).abs().max()))
+    for label, whole in (("outliers", "all outliers clean"), ("clean", "all clean contaminated")):
+        some = prompts.outlier if label == "outliers" else prompts.context & ~prompts.outlier
+        if bool(some.any()):
+            real = prompts.cleaned(some) if label == "outliers" else prompts.contaminated(some)
+            error, margin = measures(edits.run(model, real))
+            found.rows.add("use", name, whole, "error", level(error), group="whole")
+            found.rows.add("use", name, whole, "change of margin", bootstrap(margin - clean[1]), group="whole")
+
+
+def _contribution(
+    found: Findings, name: str, quantity: str, layer: str, values: Tensor, groups: dict[str, Tensor]
+) -> None:
+    for group, chosen in groups.items():
+        mean = mean_in(values.cpu(), chosen.cpu())
+        found.rows.add("contribution", name, "vote for its own label", quantity, mean, group=group, layer=layer)
+
+
+def _closeness(found: Findings, name: str, values: Tensor, groups: dict[str, Tensor]) -> None:
+    """Mean by distance from the query for each group, as arrays (3, place)."""
+    for group, chosen in groups.items():
+        kept = torch.where(chosen, values, torch.nan).flip(1)
+        found.arrays[f"{name}|{group}"] = by_place(kept.cpu().numpy())
+
+
+def _left_out(model: Any, prompts: Prompts) -> Float[Tensor, "batch example"]:
+    """F − F without the example, for each context example: one run on shorter prompts each."""
+    base = edits.run(model, prompts.batch).double()
+    count = prompts.context.shape[1] - 1
+    changes = []
+    for example in range(count):
+        one = torch.zeros_like(prompts.context)
+        one[:, example] = True
+        changes.append(base - edits.run(model, prompts.without(one)).double())
+    return torch.stack(changes, dim=1) if changes else base.new_zeros(len(base), 0)
+
+
+def _shuffled_flags(found: Findings, name: str, size: Tensor, prompts: Prompts, seed: int) -> None:
+    """The difference of |effect| between flagged and other examples, with the true flags and with shuffled ones."""
+    flags = {"true flags": prompts.outlier, "shuffled flags": shuffled(prompts, seeds.generator("flags", seed))}
+    for label, flagged in flags.items():
+        chosen, others = flagged[:, :-1].cpu(), ~flagged[:, :-1].cpu()
+        both = chosen.any(1) & others.any(1)
+        if int(both.sum()) < ENOUGH:
+            return
+        means = [(size * mask).sum(1)[both] / mask.sum(1)[both] for mask in (chosen, others)]
+        moved = bootstrap(means[0] - means[1])
+        found.rows.add("contribution", name, label, "|left out|: flagged − others", moved)
+        if label == "shuffled flags":
+            spread = float((means[0] - means[1]).std()) / int(both.sum()) ** 0.5
+            z = abs(float(moved.mean)) / spread if spread else 0.0
+            found.worst(FLAGS, z)
+
+
+def _with_taps(found: Findings, name: str, model: Any, tokens: Tensor, layer: int) -> Tensor | None:
+    try:
+        shown = contributions(model, tokens, layer, scalar=query, inside=("scan", "taps"))
+    except BadArgument as error:
+        found.rows.skip(name, f"first order with the taps inside: {error}")
+        return None
+    found.worst(SUMS, shown.relative_error)
+    return shown.tokens
+
+
+def _knocked_out(found: Findings, name: str, model: Any, prompts: Prompts, layer: int, knocked: int) -> None:
+    """do(write_s := 0) in this layer, token by token, and how far the first order is from it."""
+    tokens = prompts.batch.tokens[:knocked].to(next(model.parameters()))
+    if tokens.shape[1] < 2:
+        return
+    one = contributions(model, tokens, layer, scalar=query, finite=True)
+    assert one.finite is not None
+    effect, gap = one.finite.effect.double(), one.finite.gap.double()
+    pairs, votes = prompts.context.shape[1], prompts.votes()[:knocked].double()
+    each = by_example(effect, pairs).sum(-1) * votes
+    groups = {group: chosen[:knocked] for group, chosen in prompts.groups.items()}
+    _contribution(found, name, "write knocked out", str(layer), each, groups)
+    if len(tokens) >= 2 and bool(effect.any()):
+        miss = ratio(gap.square().sum(1), effect.square().sum(1))
+        found.rows.add(
+            "contribution",
+            name,
+            "write knocked out",
+            "gap of the first order: Σ gap² / Σ effect²",
+            miss,
+            layer=str(layer),
+        )
+
+
+def _split(found: Findings, name: str, model: Any, prompts: Prompts, layer: int) -> None:
+    """Shapley shares of what the outliers of each group lose against their clean twins, for each example."""
+    dtype = next(model.parameters())
+    twins = prompts.cleaned(prompts.outlier).tokens.to(dtype)
+    votes, pairs = prompts.votes(clean=True), prompts.context.shape[1]
+    for group, chosen in prompts.groups.items():
+        counts = chosen.sum(1).double().cpu()
+        if not group.startswith("outlier") or int((counts > 0).sum()) < ENOUGH:
+            continue
+        weight = tokens_of(prompts.batch, chosen) * _by_token(votes, prompts.batch.tokens.shape[1], pairs)
+        parts = split(model, prompts.batch.tokens.to(dtype), twins, weight.double(), layer, query)
+        found.worst(SHARES, parts.gap)
+        values = {
+            **dict(zip(FACTORS, parts.factors, strict=True)),
+            "what follows": parts.following,
+            "difference": parts.twin - parts.outlier,
+            "outlier": parts.outlier,
+            "twin": parts.twin,
+        }
+        for quantity, value in values.items():
+            mean = ratio(value.cpu(), counts)
+            found.rows.add("split", name, "twin − outlier", quantity, mean, group=group, layer=str(layer))
+
+
+def gate_rows(found: Findings, name: str, model: Any, prompts: Prompts, layer: int) -> None:
+    """G by closeness and kind, and the line of log G, in one layer."""
+    groups, pairs = prompts.groups, prompts.context.shape[1]
+    clean = prompts.context & ~prompts.outlier
+    weighed = groups.get("clean, same pattern", clean)
+    if not bool(weighed.any()):
+        weighed = prompts.context
+    if not bool(weighed.any()):
+        found.rows.skip(name, "gate: the prompts are empty")
+        return
+    tokens = prompts.batch.tokens.to(next(model.parameters()))
+    gate = by_example(selection_gate(model, tokens, layer, query, tokens_of(prompts.batch, weighed)), pairs)[..., -1]
+    slopes = clock(gate, clean, prompts.outlier)
+    names = {"clean": "log G per clean example between", "outlier": "log G per outlier between"}
+    names["suppressed"] = "log G of an outlier − of a clean example at its place"
+    for field_name, quantity in names.items():
+        found.rows.add("gate", name, "selection gate G", quantity, getattr(slopes, field_name), layer=str(layer))
+    for label, chosen in (("clean", clean), ("outlier", prompts.outlier)):
+        found.rows.add(
+            "gate", name, "selection gate G", "mean G", mean_in(gate.cpu(), chosen.cpu()), group=label, layer=str(layer)
+        )
+        if bool(chosen.any()):
+            ranked = np.log(np.clip(by_rank(gate, chosen), 1e-300, None))
+            found.arrays[f"gate|{name}|{label}"] = np.exp(by_place(ranked))
+
+
+def _by_token(values: Tensor, length: int, pairs: int) -> Tensor:
+    """Values of examples at each of their tokens."""
+    return values.repeat_interleave(1 if length == pairs else 2, dim=1)[:, :length]

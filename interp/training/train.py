@@ -1,0 +1,306 @@
+"""Training that can be killed at any moment: the same command goes on and ends in the same weights.
+
+    train(build_model, task, config, out, save) -> Trained
+
+``out`` then holds ``model.safetensors`` (the weights, with a card that says what they are),
+``recipe.json`` and ``metrics.jsonl``; ``resume/`` exists only while the training is under way.
+
+accelerate spreads a step over processes and sets the mixed precision. The models and ``save`` are
+handed in: this package knows tasks, not architectures.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import platform
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from hooks.errors import BadArgument, NonFinite, RunFailed
+from interp import tasks
+from interp.arguments import usable_device
+from interp.files import no_half, strict_json, writable_folder, write_whole
+from interp.provenance import versions
+from interp.tasks.base import Task, model_shape
+from interp.training import recipe, resume
+from interp.training.fit import Fitted, Run, fit, measuring, orderly_stop, validation
+from interp.training.recipe import TrainConfig
+
+__all__ = ["TrainConfig", "Trained", "train"]
+
+EVALUATION_PROMPTS = 1280
+CHECKPOINT = "model.safetensors"
+Save = Callable[[nn.Module, Path, dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished training: its folder, the card of its weights, and whether it was done before."""
+
+    folder: Path
+    card: dict[str, Any]
+    already: bool = False
+
+    def summary(self) -> str:
+        """A few lines for a terminal: the errors against the classical ones, the cost, the folder."""
+        measured = self.card["measured"]
+        # The file keeps its keys in alphabetical order: k=10 before k=5.
+        rows = sorted(measured["model"], key=lambda key: (key == "mean", len(key), key))
+        rivals = ("ols", "ridge", "vote", "clean_vote", "bayes", "entropy", "chance")
+        shown = [name for name in ("model", *rivals) if name in measured]
+        lines = ["error on fresh prompts".ljust(24) + "".join(name.rjust(18) for name in shown)]
+        for key in rows:
+            cells = (measured[name][key] for name in shown)
+            text = (f"{c['error']:.5f} ± {c['standard_error']:.5f}".rjust(18) for c in cells)
+            lines.append(f"  {key}".ljust(24) + "".join(text))
+        lines.append(
+            f"{self.card['parameters']} parameters, {self.card['steps']} steps, "
+            f"{self.card['seconds']:.0f} s, learning rate {self.card['learning_rate']:g}"
+        )
+        lines.append(f"{'was finished already' if self.already else 'written'}: {self.folder}")
+        return "\n".join(lines)
+
+    def to_json(self) -> str:
+        """The card and the folder, as strict JSON."""
+        return strict_json({"folder": self.folder, "card": self.card}, indent=2)
+
+
+def train(
+    build_model: Callable[[], nn.Module],
+    task: Task,
+    config: TrainConfig,
+    out: Path | str,
+    save: Save,
+    *,
+    device: str = "cpu",
+) -> Trained:
+    """Train ``build_model()`` on ``task`` by ``config`` in the folder ``out``, or go on with it.
+
+    ``save(model, path, card)`` writes the finished checkpoint, whole or not at all. The number of
+    threads is torch's and is recorded. If ``out`` holds the finished result of this very recipe, it
+    is returned at once.
+
+    Raises :class:`BadArgument` when ``out`` cannot be written, or holds another recipe, a damaged
+    resume file or a training that is running; :class:`RunFailed` when the loss is no longer finite,
+    the disk is full, or Ctrl-C (or SIGTERM) asked for a stop, after saving where it stopped.
+    """
+    folder = Path(out)
+    mix = mixed(task, config)
+    accelerator = _accelerator(config, device)
+    card = finished(config, folder)
+    if card is not None:
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            shutil.rmtree(folder / "resume", ignore_errors=True)
+        return Trained(folder, card, already=True)
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng())
+        _rehearse(build_model, (task, *mix))
+        writable_folder(folder)
+        if accelerator.is_main_process:
+            with no_half(folder):
+                (folder / "resume").mkdir(exist_ok=True)
+            stack.enter_context(resume.only_one(folder / "resume"))
+            write_whole(folder / "recipe.json", strict_json(config.as_dict(), indent=2) + "\n")
+        accelerator.wait_for_everyone()
+        stop = stack.enter_context(orderly_stop())
+        run = Run(build_model, task, config, folder, accelerator, stop, mix)
+        tried = _search(run)
+        scored = [cell for cell in tried if cell["validation_error"] is not None]
+        peak = min(scored, key=lambda cell: cell["validation_error"])["lr"]
+        metrics = folder / "metrics.jsonl"
+        fitted = fit(run, peak, config.steps, "state", label="training", metrics=metrics, patience=config.patience)
+        if accelerator.is_main_process:
+            card = _make_card(run, fitted, peak, tried)
+            with no_half(folder):
+                save(fitted.model, folder / CHECKPOINT, card)
+            shutil.rmtree(folder / "resume", ignore_errors=True)
+        accelerator.wait_for_everyone()
+    return Trained(folder, _card(folder / CHECKPOINT))
+
+
+def finished(config: TrainConfig, folder: Path) -> dict[str, Any] | None:
+    """The card of the finished training of this very recipe in ``folder``, or None where it has not finished.
+
+    Raises BadArgument where the folder holds another training, or a checkpoint that is none.
+    """
+    _same_recipe(config, folder)
+    path = folder / CHECKPOINT
+    if not path.exists():
+        return None
+    card = _card(path)
+    differs = recipe.difference(config, recipe.from_dict(card.get("recipe", {}), f"the card of {path}"))
+    if differs:
+        raise BadArgument(f"{path} is of another training ({differs}); give another --out")
+    return card
+
+
+def _accelerator(config: TrainConfig, device: str) -> Accelerator:
+    wanted = usable_device(device)
+    mixed = "bf16" if config.precision == "bf16" else "no"
+    threads = torch.get_num_threads()
+    accelerator = Accelerator(cpu=wanted.type == "cpu", mixed_precision=mixed)
+    torch.set_num_threads(threads)  # with several processes accelerate chooses another number
+    if accelerator.device.type != wanted.type:
+        raise BadArgument(
+            f"accelerate has chosen {accelerator.device.type}, not {device}; try --device {accelerator.device.type}"
+        )
+    if config.batch_size % accelerator.num_processes:
+        raise BadArgument(
+            f"a batch of {config.batch_size} prompts cannot be shared equally by "
+            f"{accelerator.num_processes} processes; change --batch-size"
+        )
+    return accelerator
+
+
+def mixed(task: Task, config: TrainConfig) -> tuple[Task, ...]:
+    """The tasks that ``config.mix`` names; one whose tokens are laid out otherwise than ``task``'s is refused."""
+    found = []
+    for entry in config.mix:
+        other = tasks.build(entry["task"], **entry["task_config"])
+        theirs, ours = (f"{model_shape(one)}, tokens {'/'.join(one.kinds)}" for one in (other, task))
+        if theirs != ours:
+            raise BadArgument(
+                f"mix: {other.name} {entry['task_config']} has another layout ({theirs}) than {task.name} ({ours}); "
+                "give it the same d and tokens"
+            )
+        found.append(other)
+    return tuple(found)
+
+
+@torch.no_grad()
+def _rehearse(build_model: Callable[[], nn.Module], mix: Sequence[Task]) -> None:
+    """One forward on two prompts of each task: a model that does not fit is refused here.
+
+    Later would be too late: a folder that holds a recipe refuses the corrected one.
+    """
+    generator = torch.Generator().manual_seed(0)
+    model = build_model()
+    for task in mix:
+        task.training_loss(model, task.sample(2, generator), generator)
+
+
+def _same_recipe(config: TrainConfig, folder: Path) -> None:
+    path = folder / "recipe.json"
+    if path.exists():
+        differs = recipe.difference(config, recipe.read(path))
+        if differs:
+            raise BadArgument(
+                f"{folder} holds another training ({differs}); give another --out, or the recipe in {path}"
+            )
+    elif (folder / CHECKPOINT).exists():
+        raise BadArgument(f"{folder} holds a model of unknown recipe; give another --out")
+
+
+def _card(path: Path) -> dict[str, Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            card = json.loads((file.metadata() or {})["card"])
+        if isinstance(card, dict):
+            return card
+    except (OSError, SafetensorError, KeyError, ValueError):
+        pass
+    raise BadArgument(f"{path} is not a finished checkpoint; delete it to train again")
+
+
+def _search(run: Run) -> list[dict[str, Any]]:
+    """Each candidate rate with its validation error (the loss ÷ task.scale): null where the loss blew up.
+
+    The candidates see the same prompts from the same initial weights, each with its own full cosine
+    over ``search_steps``: comparing prefixes of long schedules instead would favour small rates.
+    A finished candidate is kept in ``resume/search.json`` and is not trained again.
+    """
+    rates = run.config.learning_rates
+    if len(rates) == 1:  # nothing to choose; the card gets the error of the run itself
+        return [{"lr": rates[0], "validation_error": math.inf}]
+    path = run.folder / "resume" / "search.json"
+    try:
+        done = json.loads(path.read_text()) if path.exists() else []
+        done = [{"lr": cell["lr"], "validation_error": cell["validation_error"]} for cell in done]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BadArgument(f"{path} is damaged ({error}); delete it to search again") from error
+    for index in range(len(done), len(rates)):
+        name = f"search-{index}"
+        label = f"learning rate {index + 1} of {len(rates)}"
+        try:
+            model = fit(run, rates[index], run.config.search_steps, name, label=label).model
+            score = float(validation(run)(model).loss.mean())
+        except NonFinite:
+            score = math.nan
+        kept = score if math.isfinite(score) else None
+        done.append({"lr": rates[index], "validation_error": kept})
+        run.accelerator.wait_for_everyone()
+        if run.accelerator.is_main_process:
+            write_whole(path, strict_json(done) + "\n")
+            (run.folder / "resume" / f"{name}.safetensors").unlink(missing_ok=True)
+    if all(cell["validation_error"] is None for cell in done):
+        raise RunFailed(
+            f"the loss is not finite within {run.config.search_steps} steps at any of the learning "
+            f"rates {list(rates)}; try much lower --learning-rates in another --out"
+        )
+    return done
+
+
+def _make_card(run: Run, fitted: Fitted, peak: float, tried: list[dict[str, Any]]) -> dict[str, Any]:
+    config, task, model = run.config, run.task, fitted.model
+    if len(tried) == 1:
+        tried = [{"lr": peak, "validation_error": float(validation(run)(model).loss.mean())}]
+    return {
+        "task": config.task,
+        "task_config": dict(task.config),
+        "model": config.model,
+        "model_config": dict(config.model_config),
+        "recipe": config.as_dict(),
+        "learning_rate": peak,
+        "learning_rates": tried,
+        "measured": measured(model, run),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "steps": fitted.steps,
+        "seconds": round(fitted.seconds, 1),
+        "processes": run.accelerator.num_processes,
+        "threads": torch.get_num_threads(),
+        "device": run.accelerator.device.type,
+        "platform": platform.machine(),
+        "versions": versions(),
+    }
+
+
+def measured(model: nn.Module, run: Run) -> dict[str, Any]:
+    """Error of the model and of every baseline on the same fresh prompts, in units of task.scale.
+
+    ``{"n", "seed", "purpose", "model": {"k=5": {"error", "standard_error"}, …, "mean": {…}},
+    "ols": {…}, …}``. "mean" is over every k of a prompt that is trained; standard errors are over
+    prompts. Where the loss is not the error (a classifier's hinge), the model's cells have "loss" too.
+    """
+    found = measuring(run, EVALUATION_PROMPTS, "evaluate")(model)
+    summary: dict[str, Any] = {"n": EVALUATION_PROMPTS, "seed": run.config.seed, "purpose": "evaluate"}
+    for name, error in {"model": found.error, **found.rivals}.items():
+        loss = None if found.alike or name != "model" else found.loss
+        summary[name] = {f"k={k}": _cell(error, loss, [found.ks.index(k)]) for k in run.task.report_ks}
+        summary[name]["mean"] = _cell(error, loss, range(len(found.ks)))
+    return summary
+
+
+def _cell(
+    error: Float[Tensor, "prompt k"], loss: Float[Tensor, "prompt k"] | None, columns: Sequence[int]
+) -> dict[str, float]:
+    picked = list(columns)
+    cell = _mean(error[:, picked].mean(1).double())
+    return cell if loss is None else {**cell, "loss": float(loss[:, picked].mean(1).double().mean())}
+
+
+def _mean(values: Float[Tensor, " prompt"]) -> dict[str, float]:
+    spread = values.std() / math.sqrt(len(values))
+    return {"error": float(values.mean()), "standard_error": float(spread)}

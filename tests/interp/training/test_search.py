@@ -1,0 +1,94 @@
+"""The search over learning rates: fair, kept when killed, and honest about what blew up."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hooks.errors import BadArgument, RunFailed
+from interp.training import fit
+from tests.interp.tiny import (
+    CONFIG,
+    SEARCH,
+    go,
+    kill_at_call,
+    killed,
+    metrics,
+    same,
+    steps_of,
+    weights,
+)
+
+pytestmark = [pytest.mark.contract, pytest.mark.usefixtures("quick_disk")]
+
+
+def test_the_search_takes_the_best_rate_on_validation_prompts(tmp_path: Path) -> None:
+    card = go(tmp_path / "searched", SEARCH).card
+    tried = card["learning_rates"]
+    assert [cell["lr"] for cell in tried] == list(SEARCH.learning_rates)
+    best = min(tried, key=lambda cell: cell["validation_error"])["lr"]
+    assert card["learning_rate"] == best
+    go(tmp_path / "alone", dataclasses.replace(CONFIG, learning_rates=(best,)))
+    assert same(weights(tmp_path / "searched"), weights(tmp_path / "alone"))
+
+
+def test_every_candidate_sees_the_same_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Tensor] = []
+    original = fit.training_batch
+
+    def noted(*args: Any) -> Any:
+        batch = original(*args)
+        seen.append(batch[0].tokens)
+        return batch
+
+    monkeypatch.setattr(fit, "training_batch", noted)
+    go(tmp_path, SEARCH)
+    assert len(seen) == 3 * 6 + 12
+    for i in range(6):
+        torch.testing.assert_close(seen[i], seen[6 + i], rtol=0, atol=0)
+        torch.testing.assert_close(seen[i], seen[12 + i], rtol=0, atol=0)
+    assert not torch.equal(seen[0], seen[1])
+
+
+@pytest.mark.parametrize("step", [2, 11, 20])
+def test_a_killed_search_goes_on(tmp_path: Path, step: int) -> None:
+    def body() -> None:
+        kill_at_call(fit, "training_batch", step, before=True)
+        go(tmp_path / "broken", SEARCH)
+
+    assert killed(body) == -signal.SIGKILL
+    finished = (step - 1) // 6
+    search = tmp_path / "broken" / "resume" / "search.json"
+    assert (len(json.loads(search.read_text())) if search.exists() else 0) == finished
+    saved = (step - 1) % 6 // 4 * 4 if finished < 3 else 0
+    steps = steps_of(lambda: go(tmp_path / "broken", SEARCH))
+    assert len(steps) == 3 * 6 + 12 - finished * 6 - saved
+    broken = go(tmp_path / "broken", SEARCH)
+    whole = go(tmp_path / "whole", SEARCH)
+    assert broken.card["learning_rates"] == whole.card["learning_rates"]
+    assert same(weights(tmp_path / "broken"), weights(tmp_path / "whole"))
+    assert [row["step"] for row in metrics(tmp_path / "broken")] == [3, 6, 9, 12]
+
+
+def test_a_rate_that_blows_up_is_listed_as_null_and_lost(tmp_path: Path) -> None:
+    config = dataclasses.replace(SEARCH, learning_rates=(1e-2, 1e-3, 1e38), weight_decay=1.0)
+    card = go(tmp_path, config).card
+    assert card["learning_rates"][2] == {"lr": 1e38, "validation_error": None}
+    assert card["learning_rate"] < 1
+    hopeless = dataclasses.replace(SEARCH, learning_rates=(1e36, 1e37, 1e38), weight_decay=1.0)
+    with pytest.raises(RunFailed, match="much lower --learning-rates"):
+        go(tmp_path / "hopeless", hopeless)
+
+
+def test_a_damaged_search_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "resume").mkdir()
+    (tmp_path / "resume" / "search.json").write_text("[{")
+    with pytest.raises(BadArgument, match="delete it to search again"):
+        go(tmp_path, SEARCH)
