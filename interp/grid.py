@@ -12,7 +12,7 @@ from jaxtyping import Float
 
 from hooks.errors import BadArgument
 from interp import cards, evaluate, seeds, stats
-from interp.curves.rivals import fair
+from interp.curves import rivals
 from interp.tasks import Task
 
 EXACT = 1e-6
@@ -94,8 +94,9 @@ class Bench:
         key = f"{task.name} {task.config}"
         if key not in self._rivals:
             own = task.baselines(batch)
+            names = [one for one in rivals.fair([*own, *rivals.extra(task)]) if one != "chance"]
             self._rivals[key] = {
-                one: (own[one][:, ks] / task.scale).double().numpy() for one in fair(list(own)) if one != "chance"
+                one.name: one.errors(task, batch, ks, own).double().numpy() for one in rivals.build(task, names)
             }
         return Member(
             name=name,

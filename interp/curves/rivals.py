@@ -19,8 +19,15 @@ from interp import estimators
 from interp.arguments import known_options, named_values
 from interp.tasks import Batch, Task, TokenTask
 
-EXTRA = {"sparse_linreg": ("lasso",), "decision_tree": ("tree",)}
-"""Estimators that fit a task and that its baselines leave out, since each prompt and k is a fit of its own."""
+EXTRA = {
+    "sparse_linreg": ("lasso",),
+    "decision_tree": ("tree:depth={depth}", "kernel_ridge"),
+    "relu_net": ("mlp", "kernel_ridge"),
+    "polynomial": ("kernel_ridge",),
+    "single_index": ("kernel_ridge",),
+}
+"""Estimators that fit a task, with options from its config; its baselines leave them out, since most of them fit anew
+for each prompt and k and would slow the evaluations of a training."""
 ORACLES = {
     *("clean_ols", "clean_both", "clean_vote", "ols_on_support", "mean_in_leaf", "entropy"),
     *("knn_in_subspace", "knn_on_index"),
@@ -67,10 +74,14 @@ def baselines(task: Task) -> list[str]:
     return list(task.baselines(task.sample(2, torch.Generator().manual_seed(0))))
 
 
+def extra(task: Task) -> list[str]:
+    """The estimators that fit the task and that are not among its baselines."""
+    return [text.format(**task.config) for text in EXTRA.get(task.name, ())]
+
+
 def usual(task: Task) -> list[str]:
     """The task's baselines, and the estimators that fit it."""
-    have = baselines(task)
-    return [*have, *(name for name in EXTRA.get(task.name, ()) if name not in have)]
+    return [*baselines(task), *extra(task)]
 
 
 def build(task: Task, asked: Sequence[str]) -> list[Rival]:

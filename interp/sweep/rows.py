@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from interp.curves.rivals import fair
 from interp.result import Check
 from interp.sweep.cells import Cell
 
@@ -56,10 +57,14 @@ def ks(card: Mapping[str, Any]) -> list[str]:
 
 
 def best_rival(card: Mapping[str, Any], k: str) -> tuple[str, Mapping[str, float]]:
-    """The classical method with the lowest error at ``k`` on the same prompts, and its cell of the card."""
-    rivals = {name: of[k] for name, of in card["measured"].items() if name not in (*ABOUT, "model")}
-    name = min(rivals, key=lambda rival: rivals[rival]["error"])
-    return name, rivals[name]
+    """The classical method with the lowest error at ``k`` on the same prompts, and its cell of the card.
+
+    Of those that are told nothing but the context; some have no "mean", which was too expensive.
+    """
+    measured = card["measured"]
+    known = [name for name in fair(list(measured)) if name not in (*ABOUT, "model") and k in measured[name]]
+    name = min(known, key=lambda rival: measured[rival][k]["error"])
+    return name, measured[name][k]
 
 
 def checks(

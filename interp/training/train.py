@@ -28,8 +28,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from hooks.errors import BadArgument, NonFinite, RunFailed
-from interp import tasks
+from interp import evaluate, tasks
 from interp.arguments import usable_device
+from interp.curves import rivals
 from interp.files import no_half, strict_json, writable_folder, write_whole
 from interp.provenance import versions
 from interp.tasks.base import Task, model_shape
@@ -57,12 +58,13 @@ class Trained:
         measured = self.card["measured"]
         # The file keeps its keys in alphabetical order: k=10 before k=5.
         rows = sorted(measured["model"], key=lambda key: (key == "mean", len(key), key))
-        rivals = ("ols", "ridge", "vote", "clean_vote", "bayes", "entropy", "chance")
-        shown = [name for name in ("model", *rivals) if name in measured]
+        whole = ("model", "ols", "ridge", "vote", "clean_vote", "bayes", "entropy", "chance")
+        fitted = [name for name, cells in measured.items() if isinstance(cells, dict) and "mean" not in cells]
+        shown = [*(name for name in whole if name in measured), *fitted]
         lines = ["error on fresh prompts".ljust(24) + "".join(name.rjust(18) for name in shown)]
         for key in rows:
-            cells = (measured[name][key] for name in shown)
-            text = (f"{c['error']:.5f} ± {c['standard_error']:.5f}".rjust(18) for c in cells)
+            cells = (measured[name].get(key) for name in shown)
+            text = (f"{c['error']:.5f} ± {c['standard_error']:.5f}".rjust(18) if c else "-".rjust(18) for c in cells)
             lines.append(f"  {key}".ljust(24) + "".join(text))
         lines.append(
             f"{self.card['parameters']} parameters, {self.card['steps']} steps, "
@@ -282,7 +284,8 @@ def measured(model: nn.Module, run: Run) -> dict[str, Any]:
 
     ``{"n", "seed", "purpose", "model": {"k=5": {"error", "standard_error"}, …, "mean": {…}},
     "ols": {…}, …}``. "mean" is over every k of a prompt that is trained; standard errors are over
-    prompts. Where the loss is not the error (a classifier's hinge), the model's cells have "loss" too.
+    prompts. The rivals beyond the baselines (``rivals.extra``) have the reported k only. Where the
+    loss is not the error (a classifier's hinge), the model's cells have "loss" too.
     """
     found = measuring(run, EVALUATION_PROMPTS, "evaluate")(model)
     summary: dict[str, Any] = {"n": EVALUATION_PROMPTS, "seed": run.config.seed, "purpose": "evaluate"}
@@ -290,6 +293,10 @@ def measured(model: nn.Module, run: Run) -> dict[str, Any]:
         loss = None if found.alike or name != "model" else found.loss
         summary[name] = {f"k={k}": _cell(error, loss, [found.ks.index(k)]) for k in run.task.report_ks}
         summary[name]["mean"] = _cell(error, loss, range(len(found.ks)))
+    batch = evaluate.prompts(run.task, EVALUATION_PROMPTS, run.config.seed, "evaluate")
+    for rival in rivals.build(run.task, rivals.extra(run.task)):
+        error = rival.errors(run.task, batch, run.task.report_ks, {})
+        summary[rival.name] = {f"k={k}": _cell(error, None, [i]) for i, k in enumerate(run.task.report_ks)}
     return summary
 
 
