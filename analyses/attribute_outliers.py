@@ -164,7 +164,7 @@ def _open(config: Config) -> Subjects:
     """The models, and their task; models of different tasks, or of one task with different options, are refused."""
     import models
     from hooks.errors import BadArgument
-    from interp import tasks
+    from interp import cards, tasks
     from interp.arguments import named_values, usable_device
     from interp.outliers.prompts import share_of
 
@@ -184,22 +184,14 @@ def _open(config: Config) -> Subjects:
     for other in given:
         if other not in found:
             found[other] = models.load(other).to(device).eval()
-    for other, model in found.items():
-        task_of = model.card.get("task")
-        if task_of != trained_on:
-            raise BadArgument(
-                f'{other} was trained on "{task_of}", {name} on "{trained_on}": compare models of one task'
-            )
-        differ = {k for k, v in first.card["task_config"].items() if model.card["task_config"].get(k) != v}
-        if differ:
-            raise BadArgument(f"{other} and {name} were trained with different {', '.join(sorted(differ))}")
+    clean = cards.common_task(found, str(trained_on))
     card = first.card["task_config"]
     task = tasks.build(config.task, **{**card, **named_values("task-config", config.task_config)})
     if (task.d_token, task.d_out) != (first.cfg.d_in, first.cfg.d_out):
         raise BadArgument(f"{name} reads tokens of {first.cfg.d_in} numbers and this task has {task.d_token}")
     if not config.models:
         found |= {each: model.to(device).eval() for each, model in _theory(task).items()}
-    return Subjects(name, found, task, tasks.build(str(trained_on), **card))
+    return Subjects(name, found, task, clean)
 
 
 def _theory(task: Task) -> dict[str, Any]:

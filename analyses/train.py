@@ -72,6 +72,8 @@ class Config:
     "Steps between two lines of metrics.jsonl."
     patience: int | None = None
     "Evaluations in a row without a lower validation loss after which the run ends; 0 for all its steps."
+    mix: tuple[str, ...] = ()
+    "Tasks to draw from besides, with equal chance, as name or name:option=value,option=value."
     precision: str | None = None
     "fp32 or bf16; what accelerate launch says, otherwise the recipe."
     out: Path | None = None
@@ -151,6 +153,8 @@ def resolve(config: Config) -> TrainConfig:
         if field.name in nested:
             options = named_values(field.name.replace("_", "-"), given or ())
             values[field.name] = {**values.get(field.name, {}), **options}
+        elif field.name == "mix" and given:
+            values["mix"] = [_mixed(text) for text in given]
         elif given not in (None, ()):
             values[field.name] = given
     recipe = from_dict(values, config.recipe or "the command line")
@@ -158,6 +162,14 @@ def resolve(config: Config) -> TrainConfig:
         fewer = {name: max(20, getattr(recipe, name) // 100) for name in ("steps", "search_steps")}
         recipe = from_dict({**recipe.as_dict(), **fewer})
     return recipe
+
+
+def _mixed(text: str) -> dict[str, Any]:
+    """``name:option=value,option=value`` as an entry of a recipe's mix."""
+    from interp.arguments import named_values
+
+    name, _, rest = text.partition(":")
+    return {"task": name, "task_config": named_values("mix name:", rest.split(",")) if rest else {}}
 
 
 def recipes() -> list[str]:

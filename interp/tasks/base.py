@@ -121,7 +121,10 @@ class Task(Protocol):
 
     @property
     def scale(self) -> float:
-        """E[y²], so that predicting zero has error 1 after division by it; 1 where the loss is in nats."""
+        """E[y²], so that predicting zero has error 1 after division by it; 1 where the loss is in nats.
+
+        Of a shifted task it is the unshifted one's, so that their errors are in one unit.
+        """
         ...
 
     @property

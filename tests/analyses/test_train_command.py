@@ -69,6 +69,27 @@ def test_compared_recipes_are_fair(first: str) -> None:
 
 
 @pytest.mark.contract
+def test_tasks_to_mix_are_flags_too() -> None:
+    flags = ("--mix", "linreg:covariance=skewed,d=5", "sparse_linreg")
+    asked = command.resolve(config("--recipe", "mamba-linreg", *flags))
+    assert [dict(entry) for entry in asked.mix] == [
+        {"task": "linreg", "task_config": {"covariance": "skewed", "d": 5}},
+        {"task": "sparse_linreg", "task_config": {}},
+    ]
+    with pytest.raises(BadArgument, match="takes name=value"):
+        command.resolve(config("--recipe", "mamba-linreg", "--mix", "linreg:skewed"))
+
+
+@pytest.mark.contract
+def test_one_layer_chains_differ_by_their_convolution_alone() -> None:
+    with_taps, without = (
+        command.resolve(config("--recipe", f"mamba-1layer{name}-markov")).as_dict() for name in ("", "-noconv")
+    )
+    taps = (with_taps["model_config"].pop("d_conv"), without["model_config"].pop("d_conv"))
+    assert taps == (4, 1) and with_taps == without
+
+
+@pytest.mark.contract
 def test_flags_replace_the_fields_of_a_recipe() -> None:
     plain = command.resolve(config("--recipe", "mamba-linreg"))
     given = command.resolve(
