@@ -10,10 +10,10 @@ Estimand   (1) the lens: each block's residual stream at the query through the m
            descent, ridge, least squares, k-NN, averaging; the nearest, chosen on half of the
            prompts and judged on the other half. (4) Error after each block and each number k of
            examples, up to twice as many as in training
-Controls   the floor of the fit, by formula and measured with the predictions of another prompt; the
-           labels of another w; the same architecture with random weights in the lens and the
-           probes; shuffled targets and running sums in the probes; least squares on another w's
-           labels in the matching; the lens after the last block against the model itself
+Controls   the floor of the fit, by formula and of a feature drawn at random; the labels of another
+           w; the same architecture with random weights in the lens and the probes; shuffled targets
+           and running sums in the probes; least squares on another w's labels in the matching; the
+           lens after the last block against the model itself
 Not shown  whether what can be read is used (ablate_delta edits, this only reads); what a probe that
            is not linear could read; other trainings: the intervals are over prompts
 Cost       15 seconds with 256 prompts and 2 idle cores
@@ -224,19 +224,17 @@ def _checks(
     if probes:
         blind = float(np.mean([one.probe.controls["shuffled"].mean for one in probes]))
         checks.append(Check.at_most("probes of shuffled targets: mean R²", blind, 0.02))
-    size = seen.size.double().cpu().numpy()
     if subject.regression:
-        ours = ratio(seen.other_prompt[-1].double().cpu().numpy(), size)
+        spread = seen.variance.cpu().numpy()
+        ours = ratio(seen.nothing.double().cpu().numpy(), spread)
         gap = abs(float(ours.mean) - lens.floor(config.m)) / max(float(ours.high - ours.low) / 3.92, 1e-12)
-        checks.append(
-            Check.at_most("floor, formula against another prompt's predictions, in standard errors", gap, 4.0)
-        )
+        checks.append(Check.at_most("floor, formula against a feature drawn at random, in standard errors", gap, 4.0))
         # Of a feature that is linear in x and knows nothing of w, the fit still uses its 1/d in common with w.
-        least = (1 - 1 / task.d) * float(size.mean())
+        least = (1 - 1 / task.d) * float(spread.mean())
     else:
         least = 0.5
     for name, values in (("other labels", seen.other_labels), ("untrained weights", seen.untrained)):
-        below = (least - float(values[-1].mean())) / max(float(values[-1].std()) / len(size) ** 0.5, 1e-12)
+        below = (least - float(values[-1].mean())) / max(float(values[-1].std()) / values.shape[1] ** 0.5, 1e-12)
         checks.append(Check.at_most(f"{name}: lens after the last block below chance, in standard errors", below, 4.0))
     if found is not None:
         from interp import estimators

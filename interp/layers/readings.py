@@ -62,10 +62,11 @@ class Lens:
     fitted, raw    with a scale and a shift for each prompt and block, and as the model would say it
     untrained      of random weights
     other_labels   against the labels of another w, fitted to them
-    other_prompt   of the predictions for another prompt's queries: a feature that knows nothing
+    other_prompt   of the predictions for another prompt's queries
+    nothing        of a Gaussian feature, drawn: it knows nothing and has what the formula of the floor asks for
     refit          whether all but ``raw`` are fitted. In classification none is: a feature that only tells a prompt's
                    two patterns apart would be turned the right way round by the labels of the fit
-    size           mean square of the labels ÷ scale of each prompt: the error of zero
+    variance       that of the labels of each prompt ÷ scale
     """
 
     forks: lens.Forks
@@ -74,9 +75,10 @@ class Lens:
     untrained: Float[Tensor, "block batch"]
     other_labels: Float[Tensor, "block batch"]
     other_prompt: Float[Tensor, "block batch"]
+    nothing: Float[Tensor, " batch"]
     scale: Float[Tensor, "block batch"]
     shift: Float[Tensor, "block batch"]
-    size: Float[Tensor, "batch"]
+    variance: Float[Tensor, " batch"]
     refit: bool
     profile: lens.Profile
 
@@ -94,6 +96,7 @@ def through_lens(subject: Subject, n: int, m: int, queries: int) -> Lens:
         return lens.errors(task, corrected, dataclasses.replace(judged, targets=labels[:, m:])).mean(-1)
 
     labels = own.asked.targets
+    drawn = torch.randn(labels.shape, generator=seeds.generator("floor", subject.seed)).to(labels)
     fit = lens.affine(own.decoded, labels, m)
     fitted = error(own.decoded, labels)
     return Lens(
@@ -103,9 +106,10 @@ def through_lens(subject: Subject, n: int, m: int, queries: int) -> Lens:
         untrained=error(fresh.decoded, labels),
         other_labels=error(own.decoded, _other_labels(subject, batch)[:, subject.k :]),
         other_prompt=error(own.decoded.roll(1, dims=1), labels),
+        nothing=error(drawn[None], labels)[0],
         scale=fit.scale,
         shift=fit.shift,
-        size=judged.targets.square().mean(1) / task.scale,
+        variance=judged.targets.double().var(dim=1) / task.scale,
         refit=subject.regression,
         profile=lens.profile(fitted, seed=subject.seed),
     )

@@ -86,7 +86,7 @@ def lens_arrays(seen: Lens, m: int) -> dict[str, np.ndarray]:
         "lens_raw": _stack(_each(seen.raw)),
         "lens_untrained": _stack(_each(seen.untrained)),
         "lens_other_labels": _stack(_each(seen.other_labels)),
-        "lens_floor": np.array(lens.floor(m) if seen.refit else 0.5),
+        "lens_floor": np.array(lens.floor(m) * float(seen.variance.mean()) if seen.refit else 0.5),
         "lens_refit": np.array(seen.refit),
         "scale": _stack(_each(seen.scale, median=True)),
         "shift": _stack(_each(seen.shift, median=True)),

@@ -210,7 +210,7 @@ def test_wrong_arguments_are_one_line(folder: Path, flags: dict[str, Any], messa
 
 
 def test_models_trained_with_other_options_are_refused(folder: Path) -> None:
-    with pytest.raises(BadArgument, match="another task than .*: p_a=0.3 instead of 0.6"):
+    with pytest.raises(BadArgument, match=r"another task than .*: p_a=0\.3 instead of 0\.6"):
         analysis.run(config(folder, models=(str(folder / "other-share.safetensors"),)))
     with pytest.raises(BadArgument, match='trained on "linreg", not on "outliers"'):
         analysis.run(config(folder, "linreg"))

@@ -201,7 +201,7 @@ def test_shuffled_probes_above_chance_are_seen(parts: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("part", "name"),
     [
-        ("other_prompt", "floor, formula against another prompt's predictions, in standard errors"),
+        ("nothing", "floor, formula against a feature drawn at random, in standard errors"),
         ("other_labels", "other labels: lens after the last block below chance, in standard errors"),
         ("untrained", "untrained weights: lens after the last block below chance, in standard errors"),
     ],
