@@ -19,7 +19,7 @@ from interp.files import strict_json
 
 PRECISIONS = ("fp32", "bf16")
 RATES: Mapping[str, tuple[float, ...]] = {
-    "mamba": (1.5e-3, 3e-3, 6e-3),
+    "mamba": (3e-3, 6e-3, 1.2e-2),
     "linear_attention": (1.5e-3, 3e-3, 6e-3),
     "transformer": (1.5e-3, 3e-3, 6e-3),
     "s4": (3e-3, 6e-3, 1.2e-2),
