@@ -39,7 +39,7 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-test
 	$(PYTEST) -n 2 $(PYTEST_ARGS)
 
-test-slow: $(VENV)/.installed-test
+test-slow: $(VENV)/.installed-slow
 	$(PYTEST) -m "slow and not benchmark" $(PYTEST_ARGS)
 
 bench: $(VENV)/.installed-test
@@ -92,4 +92,9 @@ $(VENV)/.installed: $(VENV)/.created pyproject.toml constraints.txt
 $(VENV)/.installed-test: $(VENV)/.installed
 	@echo "== set-up, tests: what the tests need on top"
 	@$(PIP_INSTALL) --no-build-isolation -e '.[test]'
+	@touch $@
+
+$(VENV)/.installed-slow: $(VENV)/.installed-test
+	@echo "== set-up, slow tests: Ray and xgboost, which only they use"
+	@$(PIP_INSTALL) --no-build-isolation -e '.[test,cluster]' xgboost-cpu
 	@touch $@

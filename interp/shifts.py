@@ -95,6 +95,11 @@ def apply(task: Task, asked: Sequence[Asked]) -> Task:
     if isinstance(task, Shifted):
         return Shifted(task.base, (*task.shifts, *given))
     if not isinstance(task, Regression):
+        if all(shift.longer for shift in given):
+            raise BadArgument(
+                f'"{task.name}" has no shifts; its longer contexts are task.sample(n, generator, n_pairs=…), and '
+                "--longer of learning_curves"
+            )
         raise BadArgument(
             f'shifts move the x and y of a function that is drawn for each prompt; the task "{task.name}" is made '
             f"otherwise: give linreg, sparse_linreg, polynomial, relu_net, decision_tree or single_index"

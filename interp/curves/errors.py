@@ -19,7 +19,8 @@ from hooks.errors import BadArgument
 from interp import evaluate, seeds, shifts, stats
 from interp.arguments import named_values
 from interp.curves.rivals import Rival
-from interp.tasks import Batch, Task, TokenTask
+from interp.tasks import Batch, Task, TokenTask, inputs
+from interp.tasks.regression import Regression
 
 USUAL = ("skewed_inputs", "label_noise", "random_quadrants", "orthogonal_query")
 """Shifts that are drawn if none is asked for, as far as a task admits them."""
@@ -27,6 +28,10 @@ HANDFUL = 4
 """Numbers of examples where each needs prompts of its own."""
 FITS = 5
 """Numbers of examples at which a rival is fitted anew for each prompt."""
+
+
+LINEAR = ("linreg", "sparse_linreg")
+"""Tasks whose labels, without noise, are linear in x."""
 
 
 @dataclass(frozen=True)
@@ -144,6 +149,22 @@ def rival_errors(rivals: Sequence[Rival], setting: Setting, seed: int, fitted: i
     ]
 
 
+def without_mean(setting: Setting, who: str) -> tuple[int, ...]:
+    """The ks at which the mean error of ``who`` is infinite, so that no number of prompts estimates it.
+
+    Least squares, where the labels are not exactly linear in x: within one example of the rank of the inputs, the
+    smallest singular value of the k inputs is near 0 too often (E[1 / s²] diverges for Gaussian x).
+    """
+    base = getattr(setting.task, "base", setting.task)
+    if who != "ols" or not isinstance(base, Regression):
+        return ()
+    noisy = base.noise.size or "label_noise" in str(setting.task.config.get("shifts"))
+    if base.name in LINEAR and not noisy:
+        return ()
+    rank = inputs.rank(base.covariance, base.d)
+    return tuple(k for k in setting.ks if abs(k - rank) <= 1)
+
+
 def reach(
     ks: Sequence[int], levels: Float[np.ndarray, "three k"], level: float
 ) -> tuple[int | None, int | None, int | None]:
@@ -160,9 +181,12 @@ def reach(
     return first[0], first[1], first[2]
 
 
-def interval(error: Float[np.ndarray, "prompt k"], seed: int = 0) -> Float[np.ndarray, "three k"]:
-    """Mean over prompts, and the ends of its 95 % bootstrap interval."""
-    found = stats.bootstrap(error, seed=seed)
+def interval(
+    error: Float[np.ndarray, "prompt k"], seed: int = 0, *, median: bool = False
+) -> Float[np.ndarray, "three k"]:
+    """Mean (or median) over prompts, and the ends of its 95 % bootstrap interval."""
+    statistic = (lambda values: np.median(values, axis=0)) if median else None
+    found = stats.bootstrap(error, seed=seed, statistic=statistic)
     return np.stack([found.mean, found.low, found.high])
 
 

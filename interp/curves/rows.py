@@ -12,9 +12,9 @@ import torch
 from jaxtyping import Float
 
 from interp import evaluate
-from interp.curves.errors import Curve, Setting, interval, other_labels, reach
+from interp.curves.errors import Curve, Setting, interval, other_labels, reach, without_mean
 from interp.curves.published import Published
-from interp.curves.rivals import ORACLES, Rival, fair
+from interp.curves.rivals import Rival, fair
 from interp.tasks import Task, TokenTask, inputs
 from interp.tasks.regression import Regression
 
@@ -58,13 +58,18 @@ class Panel:
 
 
 def drawn(setting: Setting, curves: Sequence[Curve], published: Sequence[Published]) -> Drawn:
-    """The setting with the intervals of its curves."""
-    return Drawn(setting, curves, [interval(curve.error) for curve in curves], published)
+    """The setting with the intervals of its curves; NaN where a mean error is infinite."""
+    levels = []
+    for curve in curves:
+        line = interval(curve.error)
+        line[:, [k in without_mean(setting, curve.who) for k in curve.ks]] = np.nan
+        levels.append(line)
+    return Drawn(setting, curves, levels, published)
 
 
 def shown(who: str, kind: str) -> str:
     """The name in table and figure: an oracle says that it is told more."""
-    return f"{who} (told)" if kind == "rival" and who in ORACLES else who
+    return f"{who} (told)" if kind == "rival" and not fair([who]) and who != "zero" else who
 
 
 # --- table ------------------------------------------------------------------------------------
@@ -78,8 +83,12 @@ def table(found: Sequence[Drawn], levels: Sequence[float]) -> pd.DataFrame:
             rows += [_reach_row(each, curve, level) for level in levels]
         for curve, line in zip(each.curves, each.levels, strict=True):
             for k in _reported(each.setting, curve):
-                value, low, high = line[:, curve.ks.index(k)]
-                rows.append(_row(each, curve, f"error at k={k}", (value, low, high), f"{value:.3g}"))
+                at = curve.ks.index(k)
+                name, (value, low, high) = f"error at k={k}", line[:, at]
+                if k in without_mean(each.setting, curve.who):
+                    name = f"median {name} (the mean is infinite)"
+                    value, low, high = interval(curve.error[:, [at]], median=True)[:, 0]
+                rows.append(_row(each, curve, name, (value, low, high), f"{value:.3g}"))
         for source in each.published:
             for k in source.points:
                 low, high = source.range(k)
@@ -254,9 +263,8 @@ def sentence(config: Mapping[str, Any], found: Sequence[Panel]) -> str:
     last = max((k for line in own.lines for k in line.ks if line.kind != "published"), default=0)
     k = float(sorted(own.lines[0].ks)[len(own.lines[0].ks) // 2])
     models = [line for line in own.lines if line.kind == "model" and k in line.ks]
-    told = {f"{name} (told)" for name in ORACLES}
-    rivals = [line for line in own.lines if line.kind == "rival" and k in line.ks and line.who not in told]
-    rivals = [line for line in rivals if line.who in fair([line.who])]
+    rivals = [line for line in own.lines if line.kind == "rival" and k in line.ks and not line.who.endswith(" (told)")]
+    rivals = [line for line in rivals if line.who in fair([line.who]) and np.isfinite(_at(line, k)[0])]
     best, rival = (min(some, key=lambda line: _at(line, k)[0], default=None) for some in (models, rivals))
     parts = []
     if best is not None:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
 from interp.estimators import iterative
 from interp.estimators.base import Estimator
 
 
 def gd(steps: int, rate: float | None = None) -> Estimator:
     """``steps`` steps of gradient descent from w = 0 (``iterative.gd_path``); towards ``ols``."""
-    return lambda pairs: iterative.gd_path(pairs.x, pairs.y, steps, rate)[-1]
+    return _tried(lambda pairs: iterative.gd_path(pairs.x, pairs.y, steps, rate)[-1])
 
 
 def gdpp(
@@ -18,14 +24,26 @@ def gdpp(
     form: str = "iterated",
 ) -> Estimator:
     """``steps`` steps of GD++, preconditioned by I - γ A (``iterative.gdpp_path`` says how); towards ``ols``."""
-    return lambda pairs: iterative.gdpp_path(pairs.x, pairs.y, steps, rate, gamma, form)[-1]
+    return _tried(lambda pairs: iterative.gdpp_path(pairs.x, pairs.y, steps, rate, gamma, form)[-1])
 
 
 def newton(steps: int) -> Estimator:
     """``steps`` steps of Newton's iteration for the inverse (``iterative.newton_path``); towards ``ols``, fast."""
-    return lambda pairs: iterative.newton_path(pairs.x, pairs.y, steps)[-1]
+    return _tried(lambda pairs: iterative.newton_path(pairs.x, pairs.y, steps)[-1])
 
 
 def online_gd(rate: float, forgetting: float = 1.0, form: str = "residual") -> Estimator:
     """One pass through the pairs, each a gradient step (``iterative.online_gd_path``); 0 at k = 0."""
-    return lambda pairs: iterative.online_gd_path(pairs.x, pairs.y, [(rate, forgetting)], form)[0]
+    return _tried(lambda pairs: iterative.online_gd_path(pairs.x, pairs.y, [(rate, forgetting)], form)[0])
+
+
+def _tried(predict: Estimator) -> Estimator:
+    """``predict``, after it has answered one small prompt: an option that does not work is refused here."""
+    predict(_Small(torch.ones(1, 2, 1), torch.ones(1, 2)))
+    return predict
+
+
+@dataclass(frozen=True)
+class _Small:
+    x: Float[Tensor, "batch n_pairs d"]
+    y: Float[Tensor, "batch n_pairs"]

@@ -1,4 +1,8 @@
-"""Linear regression in a context in which pairs are replaced by outliers that have nothing to do with w.
+"""Linear regression in a context in which pairs are replaced by outliers that have nothing to do with w. One prompt:
+
+    d = 2, interleaved, w = (1, -1)                         drawn, never shown
+    tokens   (0.5, 0.2) 0.3   (0.8, 0.8) (-0.8, -0.8)   (-1.0, 0.4)
+    kind      x          y     outlier    outlier's      query, clean       the model should say y_2 = -1.4
 
 Source: arXiv 2402.04248 ("orthogonal-outlier" and "many-outlier" regression). Three points in which its
 released code departs from its text are options or put right here: outliers are orthogonal to the prompt's own w (there:

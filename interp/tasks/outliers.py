@@ -1,4 +1,7 @@
-"""In-context classification by patterns, with additive outliers in the context and a clean query.
+"""In-context classification by patterns, with additive outliers in the context and a clean query. One prompt:
+
+    tokens   (μ_a + 0.3 ν_2; +1)   (μ_b - 0.1 ν_1 + v*_3; +1)   (μ_b + 0.4 ν_2; -1)   (μ_a - 0.2 ν_1; 0)
+    kind      clean                 outlier                       clean                 query: say +1
 
 A task is an ordered pair of relevant patterns (μ_a, μ_b): examples built on μ_a have the label +1, those on μ_b −1.
 

@@ -227,8 +227,14 @@ class Regression:
         return {**self.functions.variables(batch), "XtX": xtx, "Xty": xty, "w_ols": w_ols, "y": batch.y}
 
     def baselines(self, batch: Batch) -> dict[str, Y]:
-        """Squared errors of the class's classical rivals, and of predicting zero."""
+        """Squared errors of the class's classical rivals, of predicting zero, and of ``bayes`` where it is known: for
+        linear functions under Gaussian noise it is ridge with the noise's own variance.
+        """
         errors = {name: self.loss(predicted, batch) for name, predicted in self.functions.rivals(batch).items()}
+        prior = getattr(self.functions, "gain", None)
+        if prior is not None and self.noise.size and self.noise.form == "gaussian":
+            predicted = estimators.build("bayes", noise=self.noise.size, prior=prior)(batch)
+            errors = {"bayes": self.loss(predicted, batch), **errors}
         return {**errors, "zero": self.loss(torch.zeros_like(batch.targets), batch)}
 
     def _prompts(self, x: X, truth: Mapping[str, Tensor]) -> Batch:

@@ -32,8 +32,11 @@ from interp.training.recipe import TrainConfig
 
 VALIDATION_PROMPTS = 256
 UNDECAYED = {"A", "D", "dt", "delta"}
-RIVALS = {"ols": "OLS", "bayes": "Bayes"}
-"""The baselines that are followed during a training, where a task has them, and how they are written."""
+RIVALS = {"ols": "OLS", "ols_on_powers": "OLS on powers", "bayes": "Bayes", "vote": "vote"}
+"""The baselines that are followed during a training, where a task has them, and how they are written.
+
+Without noise least squares is optimal for linear functions, and on the powers for polynomials. Of sparse functions,
+networks, trees and single-index functions no optimal predictor is at hand: there it is least squares all the same."""
 
 
 class BlewUp(NonFinite):

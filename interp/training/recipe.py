@@ -144,11 +144,14 @@ def from_dict(values: Mapping[str, Any], source: str = "the recipe") -> TrainCon
     for name in ("task", "model"):
         if name not in values:
             raise BadArgument(f'{source} does not say which {name}: add the field "{name}"')
+    for name in ("learning_rates", "betas"):
+        if name in values and not isinstance(values[name], list | tuple):
+            raise BadArgument(f"{source}: {name} is {values[name]!r}; give a list of numbers")
     try:
         return TrainConfig(**{name: _as_field(name, value) for name, value in values.items()})
+    except BadArgument as error:
+        raise BadArgument(f"{source}: {error}") from error
     except (TypeError, ValueError) as error:
-        if isinstance(error, BadArgument):
-            raise
         reason = " ".join(str(error).split())
         raise BadArgument(f"{source} has a field of the wrong type: {reason}") from error
 

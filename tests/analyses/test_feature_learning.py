@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import models
-from analyses import feature_learning
+from analyses import feature_learning, train
 from hooks.errors import BadArgument
 from interp import cli, evaluate, seeds, tasks
 from interp.features.rows import All
@@ -255,6 +255,8 @@ def test_the_recipes_differ_from_the_plain_one_by_their_variant(variant: str) ->
         assert kept == plain and recipe.difference(
             dataclasses.replace(made, model_config=plain), dataclasses.replace(other, model_config=plain)
         ) is None  # fmt: skip
+    whole = train.named("mamba-single_index")
+    assert recipe.difference(dataclasses.replace(made, model_config=plain), whole) is None
     task = tasks.build(made.task, **made.task_config)
     assert task.config["r"] == 2 and models.build(made.model, **made.model_config, d_in=task.d_token).cfg is not None
 

@@ -124,6 +124,30 @@ def test_numbers_are_those_of_runs_made_by_hand(result: Result, config: learning
     assert 1 < len(panels["as trained"]["lasso:alpha=0.1"].ks) <= curves.FITS + 1
 
 
+@pytest.mark.statistics
+def test_an_infinite_mean_is_a_median_in_the_table_and_a_gap_in_the_figure(config: learning_curves.Config) -> None:
+    """Least squares under label noise, within one example of d: no number of prompts settles its mean."""
+    asked = dataclasses.replace(
+        config, models=config.models[:1], rivals=("ols", "ridge"), shifts=("label_noise",), prompts=400, longer=1
+    )
+    results = [learning_curves.run(dataclasses.replace(asked, seed=seed)) for seed in (0, 1, 2)]
+    name = f"median error at k={D} (the mean is infinite)"
+    found = [one.table[(one.table.quantity == name) & (one.table.setting == "label_noise")] for one in results]
+    assert all(list(rows.who) == ["ols"] for rows in found)
+    values = [float(rows.value.iloc[0]) for rows in found]
+    assert max(values) < 2 * min(values)  # seeds agree, as they do not on a mean
+    panel = next(panel for panel in curve_rows.panels(results[0].arrays) if panel.name == "label_noise")
+    lines = {line.who: line.levels[0] for line in panel.lines}
+    assert list(np.flatnonzero(np.isnan(lines["ols"]))) == [D - 1, D, D + 1] and np.isfinite(lines["ridge"]).all()
+
+
+@pytest.mark.contract
+def test_a_rival_that_is_shown_the_subspace_says_so() -> None:
+    assert curve_rows.shown("kernel_ridge:project=beta", "rival").endswith("(told)")
+    assert curve_rows.shown("kernel_ridge:alpha=0.1", "rival") == "kernel_ridge:alpha=0.1"
+    assert rivals.fair(["kernel_ridge:project=subspace", "knn_on_index", "ridge"]) == ["ridge"]
+
+
 @pytest.mark.definition
 def test_an_error_is_reached_where_it_stays() -> None:
     ks = (0, 1, 2, 5)

@@ -215,6 +215,22 @@ def test_ridge_with_the_noise_as_penalty_is_the_best_of_its_kind() -> None:
 
 
 @pytest.mark.contract
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        ("gd", {"steps": -1}, "steps=-1"),
+        ("gd", {"steps": 2, "rate": -1.0}, "rate=-1"),
+        ("gdpp", {"steps": 2, "form": "twice"}, "twice"),
+        ("newton", {"steps": -2}, "steps=-2"),
+        ("online_gd", {"rate": 0.1, "forgetting": 3.0}, "forgetting=3"),
+    ],
+)
+def test_a_solvers_option_that_does_not_work_is_refused_when_it_is_built(name: str, options: Any, said: str) -> None:
+    with pytest.raises(BadArgument, match=said):
+        estimators.build(name, **options)
+
+
+@pytest.mark.contract
 def test_what_does_not_exist_is_refused() -> None:
     with pytest.raises(BadArgument, match='no estimator is called "rigde"; did you mean "ridge"'):
         estimators.build("rigde")

@@ -122,6 +122,7 @@ def test_boosted_trees_are_scikit_learns() -> None:
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parity
 def test_boosted_trees_are_xgboosts_where_asked() -> None:
     xgboost = pytest.importorskip("xgboost", reason="the extra 'boosted' is not installed")

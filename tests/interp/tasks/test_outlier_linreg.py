@@ -153,3 +153,16 @@ def test_a_joint_query_asks_the_clean_twin() -> None:
     torch.testing.assert_close(task.predict(solve, batch), batch.targets)
     alone = evaluate.errors(solve, task, batch=batch, query_only=True)
     torch.testing.assert_close(alone, torch.zeros(10, 1), rtol=0, atol=1e-10)
+
+
+@pytest.mark.law
+@pytest.mark.parametrize("outlier", ["orthogonal", "ones"])
+def test_no_label_of_an_interleaved_query_is_in_what_it_is_read_from(outlier: str) -> None:
+    """Example k is read at its x, before its label's token, and another w changes the tokens of labels only."""
+    task, batch = draw(20, outlier=outlier, p=0.5, n_pairs=8)
+    assert torch.equal(batch.read.reshape(-1, 8)[0], torch.arange(0, 16, 2))
+    other = task.corrupt(batch, seeds.generator("corrupt", 1))
+    changed = (other.tokens != batch.tokens).any(-1)
+    assert not changed[:, 0::2].any() and not torch.equal(other.targets, batch.targets)
+    clean = ~batch.truth["outlier"][:, :-1]
+    assert changed[:, 1::2][clean].all() and not changed[:, 1::2][~clean].any()
