@@ -78,14 +78,22 @@ def test_the_zoo_is_small() -> None:
 
 
 @pytest.mark.contract
-def test_the_grid_compares_alike() -> None:
-    """Steps, prompts and rates of a task the same for every model, parameters within ten percent."""
+@pytest.mark.parametrize(("name", "only"), [("zoo", ""), ("wide", "linreg20")])
+def test_the_grids_compare_alike(name: str, only: str) -> None:
+    """Steps and prompts of a task the same for every model, parameters within ten percent, three rates or more."""
     sizes: dict[str, list[int]] = {}
-    for cell in sweep.read(train.RECIPES / "zoo.yaml").cells:
-        model = train.parts(cell.recipe)[1]()
-        sizes.setdefault(cell.task, []).append(sum(parameter.numel() for parameter in model.parameters()))
+    for cell in sweep.read(train.RECIPES / f"{name}.yaml").cells:
         assert len(cell.recipe.learning_rates) >= 3
-    assert all(len(of) == 4 and max(of) <= 1.1 * min(of) for of in sizes.values()), sizes
+        if cell.seed == 0 and only in (cell.task, ""):
+            model = train.parts(cell.recipe)[1]()
+            sizes.setdefault(cell.task, []).append(sum(parameter.numel() for parameter in model.parameters()))
+    assert sizes and all(len(of) == 4 and max(of) <= 1.1 * min(of) for of in sizes.values()), sizes
+
+
+@pytest.mark.contract
+def test_no_cell_of_two_sweeps_has_one_name() -> None:
+    cells = [cell.name for name in train.sweeps() for cell in sweep.read(train.RECIPES / f"{name}.yaml").cells]
+    assert len(cells) == 24 + 84 == len(set(cells))
 
 
 @pytest.mark.contract
