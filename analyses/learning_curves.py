@@ -75,13 +75,14 @@ class Config:
 def run(config: Config) -> Result:
     """Every curve, table and check of the module's docstring.
 
-    Raises BadArgument for a task, model, rival, shift or device that there is not, for models that were trained on
-    other tasks than this or each other, and for published numbers of another setting.
+    All models see the same prompts: of the first one's task, with the options of ``task_config`` put in. One that was
+    trained with other options is noted, and not held against its card. Raises BadArgument for a task, model, rival,
+    shift or device that there is not, for a model of another task, and for published numbers of another setting.
     """
     began = time.perf_counter()
     import models
     from hooks.errors import BadArgument
-    from interp import provenance
+    from interp import cards, provenance
     from interp.arguments import between, whole_number
     from interp.curves import errors as curves
     from interp.curves import published, rivals
@@ -100,6 +101,7 @@ def run(config: Config) -> Result:
     if not loaded and not beside:
         raise BadArgument("neither models nor rivals are left: give --models or --rivals")
     found, left = curves.settings(task, config.shifts, config.longer, prompts)
+    left += cards.differing(loaded, task)
     if config.published and not any(published.of(each.task) for each in found):
         raise BadArgument(
             f"no numbers are published for {task.name} with {_options(task)}; there are some for: "
@@ -135,7 +137,10 @@ def run(config: Config) -> Result:
 
 
 def _open(config: Config) -> tuple[dict[str, Any], Task]:
-    """The models by name, and their task with the options of the command line put in."""
+    """The models by name, and the task of the first with the options of the command line put in.
+
+    The others may have been trained with other options, as long as they read these tokens: ``run`` notes it.
+    """
     import models
     from hooks.errors import BadArgument
     from interp import cards, tasks
@@ -155,7 +160,10 @@ def _open(config: Config) -> tuple[dict[str, Any], Task]:
         found = {name: found[name] for name in cards.alike(found, config.task)}
     if not found:
         return {}, plain
-    task = cards.common_task(found, config.task, options)
+    first = next(iter(found))
+    task = cards.trained_task(first, found[first], config.task, options)
+    for name, model in found.items():
+        cards.trained_task(name, model, config.task, task.config)
     return {name: model.to(device) for name, model in found.items()}, task
 
 

@@ -67,6 +67,19 @@ def common_task(models: Mapping[str, Carded], asked: str, options: Mapping[str, 
     return found[0]
 
 
+def differing(models: Mapping[str, Carded], task: Task) -> list[str]:
+    """A line for each model that was trained with other options than ``task`` has, saying which."""
+    lines = []
+    for name, model in models.items():
+        own = model.card["task_config"]
+        parts = [
+            f"{key}={own.get(key)}" for key in sorted({*own, *task.config}) if own.get(key) != task.config.get(key)
+        ]
+        if parts:
+            lines.append(f"{name} was trained with {', '.join(parts)}")
+    return lines
+
+
 def need_vectors(task: Task, what: str) -> None:
     """Nothing, or ``BadArgument``: the tokens of ``task`` are integers, and ``what`` works with pairs (x, y)."""
     if isinstance(task, TokenTask):

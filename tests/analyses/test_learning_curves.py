@@ -226,7 +226,6 @@ def test_published_least_squares_agrees_with_its_closed_form() -> None:
         ({"task": "lingre"}, "no task is called"),
         ({"models": ("mamba", "nothing")}, "nothing"),
         ({"models": ("mamba", "mamba")}, "given twice"),
-        ({"models": ("mamba", "skewed")}, "another task than .*covariance=skewed instead of isotropic"),
         ({"models": ("mamba", "markov")}, 'trained on "markov", not on "linreg"'),
         ({"task_config": ("d=7",)}, "reads tokens of 4 numbers and this task has 7"),
         ({"rivals": ("olls",)}, 'no rival is called "olls".*there is: .*boosted_trees'),
@@ -262,6 +261,20 @@ def test_wrong_arguments_are_one_line(
         learning_curves.run(dataclasses.replace(config, **flags))
     code, line = cli.explain(error.value)
     assert code == 2 and "\n" not in line
+
+
+@pytest.mark.end_to_end
+def test_models_that_were_trained_on_other_inputs_see_the_same_prompts(
+    config: learning_curves.Config, paths: dict[str, str]
+) -> None:
+    both = (paths["mamba"], paths["skewed"])
+    asked = dataclasses.replace(config, models=both, rivals=("ols",), shifts=("none",), longer=1)
+    found = learning_curves.run(asked)
+    assert found.ok and found.config["task_config"]["covariance"] == "isotropic"
+    assert found.provenance["notes"] == [f"{paths['skewed']} was trained with covariance=skewed"]
+    assert not any(paths["skewed"] in check.name and "card" in check.name for check in found.checks)
+    turned = learning_curves.run(dataclasses.replace(asked, models=both[::-1]))
+    assert turned.config["task_config"]["covariance"] == "skewed"
 
 
 @pytest.mark.contract
