@@ -4,7 +4,7 @@
 # make bench       timings side by side with other implementations, as a table
 # make check       formatter, linter, type checker, default tests
 # make format      let the formatter and the linter mend what they can
-# make figure      redraw the figure of the README
+# make figure      redraw the figures of the README
 # make clean       remove .venv, caches and build products; results in out/ stay
 #
 # Needs Python >= 3.11 and make. The first target that runs installs into .venv what it needs, in the exact versions
@@ -18,7 +18,6 @@ PYTHON ?= python3
 VENV := .venv
 TORCH_FLAGS ?=
 PYTEST_ARGS ?=
-FIGURE ?= analyses/ablate_delta.png
 
 PY := $(VENV)/bin/python
 # Compiled on first import: most of the thousands of modules that come along are never imported.
@@ -56,8 +55,10 @@ format: $(VENV)/.installed-test
 	$(PY) -m ruff format .
 
 figure: demo
-	cp "$$(ls -t out/ablate_delta/*/figure.png | head -n 1)" $(FIGURE)
-	@echo "README figure: $(FIGURE)"
+	$(PY) -m analyses.zoo
+	cp "$$(ls -t out/ablate_delta/*/figure.png | head -n 1)" analyses/ablate_delta.png
+	cp "$$(ls -t out/zoo/*/figure.png | head -n 1)" analyses/zoo.png
+	@echo "README figures: analyses/ablate_delta.png analyses/zoo.png"
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

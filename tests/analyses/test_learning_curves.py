@@ -128,9 +128,9 @@ def test_numbers_are_those_of_runs_made_by_hand(result: Result, config: learning
 def test_an_infinite_mean_is_a_median_in_the_table_and_a_gap_in_the_figure(config: learning_curves.Config) -> None:
     """Least squares under label noise, within one example of d: no number of prompts settles its mean."""
     asked = dataclasses.replace(
-        config, models=config.models[:1], rivals=("ols", "ridge"), shifts=("label_noise",), prompts=400, longer=1
+        config, models=config.models[:1], rivals=("ols", "ridge"), shifts=("label_noise",), prompts=300, longer=1
     )
-    results = [learning_curves.run(dataclasses.replace(asked, seed=seed)) for seed in (0, 1, 2)]
+    results = [learning_curves.run(dataclasses.replace(asked, seed=seed)) for seed in (0, 1)]
     name = f"median error at k={D} (the mean is infinite)"
     found = [one.table[(one.table.quantity == name) & (one.table.setting == "label_noise")] for one in results]
     assert all(list(rows.who) == ["ols"] for rows in found)
@@ -273,8 +273,8 @@ def test_models_that_were_trained_on_other_inputs_see_the_same_prompts(
     assert found.ok and found.config["task_config"]["covariance"] == "isotropic"
     assert found.provenance["notes"] == [f"{paths['skewed']} was trained with covariance=skewed"]
     assert not any(paths["skewed"] in check.name and "card" in check.name for check in found.checks)
-    turned = learning_curves.run(dataclasses.replace(asked, models=both[::-1]))
-    assert turned.config["task_config"]["covariance"] == "skewed"
+    turned = learning_curves._open(dataclasses.replace(asked, models=both[::-1]))[1]
+    assert turned.config["covariance"] == "skewed"
 
 
 @pytest.mark.contract

@@ -225,6 +225,7 @@ def test_predictions_that_fit_another_ws_labels_are_seen(
     assert failing(parts, levels=tampered) == {"distance to least squares of another w's labels"}
 
 
+@pytest.mark.slow
 @pytest.mark.end_to_end
 def test_the_command_on_the_bundled_checkpoint(tmp_path: Path) -> None:
     """``python -m analyses.probe_layers --task linreg --quick``: files, checks; and one flag wrong."""
