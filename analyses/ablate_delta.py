@@ -107,8 +107,8 @@ def run(config: Config) -> Result:
     name = config.model or f"mamba-{config.task}"
     model, task = _open(name, config)
     count, other_count = (QUICK, QUICK) if config.quick else (config.prompts, config.reference)
-    batch = evaluate.prompts(task, count, config.seed, "ablate").to(config.device)
-    others = evaluate.prompts(task, other_count, config.seed, "reference").to(config.device)
+    batch = evaluate.prompts(task, count, config.seed, "ablate")
+    others = evaluate.prompts(task, other_count, config.seed, "reference")
     subject = _subject(name, model, task, batch, others)
     cells = cells_of(model, task, config.scales, config.modes, config.layers)
     rivals = _rivals(subject, batch, others, config)
@@ -117,14 +117,20 @@ def run(config: Config) -> Result:
         controls = _controls(subject, config, tick)
         beside = {rival.name: _beside(rival, tick) for rival in rivals}
     # log Δ of the reference prompts: layer prompt position channel.
-    parts = shares(subject.runs.reference.record.stack("*.hook_delta").log(), others.kinds, seed=config.seed)
+    parts = shares(subject.runs.reference.record.stack("*.hook_delta").log().cpu(), others.kinds, seed=config.seed)
     rows = _rows(subject, found, controls, rivals, beside)
+    mapped = _map(subject, found, min(2 * task.d, task.n_pairs - 1))
     asked = {key: value for key, value in asdict(config).items() if key not in ("out", "json")}
     seconds = time.perf_counter() - began
     return Result(
         config={**asked, "model": name, "prompts": count, "reference": other_count, "task_config": task.config},
         table=rows.table(list(task.report_ks)),
-        arrays={"k": np.arange(task.n_pairs), **rows.arrays(), **_map(subject, found, 2 * task.d), **_shares(parts)},
+        arrays={
+            "k": np.arange(task.n_pairs),
+            **rows.arrays(),
+            **mapped,
+            **_shares(parts),
+        },
         checks=_checks(subject, controls, rivals, beside, parts, config.seed),
         provenance={
             **provenance.provenance(seed=config.seed, device=config.device, seconds=seconds),
@@ -300,7 +306,7 @@ def _checks(
             spread = (said["standard_error"] ** 2 + float(runs.clean[:, k].var()) / len(runs.clean)) ** 0.5
             gap = abs(float(runs.clean[:, k].mean()) - said["error"]) / max(spread, 1e-12)
             checks.append(Check.at_most(f"clean error at k={k} against the card, in standard errors", gap, 4.0))
-    moved = float((controls["identity"] - runs.clean).abs().max())
+    moved = float((controls["identity"] - runs.unedited(identity(model))).abs().max())
     checks.append(Check.at_most("identity edit: largest change of an error", moved, 0.0))
     part = runs.batch.take(slice(0, min(64, len(runs.batch))))
     with torch.no_grad():

@@ -105,7 +105,7 @@ def run(config: Config) -> Result:
         tick()
         levels = layers.error_map(subject, 2 * prompts)
         tick()
-        found = matching.candidates(levels.within()) if subject.regression else None
+        found = matching.candidates(levels.within()) if subject.linear else None
         matches = layers.matches(levels, found, config.seed)
         tick()
     asked = {key: value for key, value in asdict(config).items() if key not in ("out", "json")}
@@ -175,7 +175,9 @@ def _notes(subject: Subject, probes: list[Probed], levels: Map) -> list[str]:
     if not any(one.features == "state" for one in probes):
         notes.append(f"{subject.name} has no recurrent state: probes read the residual stream only")
     if not subject.regression:
-        notes.append(f"{subject.task.name} is no regression: no algorithm is matched and the lens is not fitted")
+        notes.append(f"{subject.task.name} is no regression: the lens is not fitted")
+    if not subject.linear:
+        notes.append(f"{subject.task.name} has no w: no algorithm is matched")
     if levels.raw.shape[-1] < 2 * subject.task.n_pairs:
         notes.append(f"{subject.name} reads at most {levels.raw.shape[-1]} pairs: the map ends there")
     return notes

@@ -10,7 +10,16 @@ from hooks.record import record
 from hooks.sites import sites
 
 
-def show(model: Any, x: Tensor | None = None) -> str:
+class Tree(str):
+    """Text that a session shows as it is, line by line."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def show(model: Any, x: Tensor | None = None) -> Tree:
     """A tree of the sites of ``model``, one line each: name, shape, equation.
 
     Axes that depend on the input stand by name; with an input ``x`` the model runs on it once and the shapes are the
@@ -43,7 +52,7 @@ def show(model: Any, x: Tensor | None = None) -> str:
             last = shown[index]
             lines.append(f"  blocks.{index}." if last == index else f"  blocks.{index} … blocks.{last}.")
             lines += [f"    {name:<26} {rest}" for name, rest in blocks[index]]
-    return "\n".join(lines)
+    return Tree("\n".join(lines))
 
 
 def _runs(order: list[str], blocks: dict[str, list[tuple[str, str]]]) -> list[tuple[str, str]]:

@@ -11,6 +11,8 @@ import json
 
 import torch
 
+from hooks.errors import BadArgument
+
 PROMPTS = ("train", "validation", "evaluate", "reference", "probe", "ablate")
 """Purposes that draw prompts. Append only: the place in this tuple is part of the stream's seed."""
 
@@ -28,6 +30,8 @@ def number(purpose: str, seed: int, *index: int) -> int:
     the seeds. Within one purpose two streams meet with probability 2**-28: two steps of a long
     training may see the same batch, which does no harm.
     """
+    if seed < 0:
+        raise BadArgument(f"seed={seed} does not work; give a whole number, at least 0")
     named = json.dumps([purpose, int(seed), *(int(i) for i in index)])
     digest = int.from_bytes(hashlib.blake2b(named.encode(), digest_size=8).digest(), "little")
     if purpose in PROMPTS:

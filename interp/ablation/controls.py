@@ -62,12 +62,12 @@ def tap_share(runs: Ablation, kind: str) -> list[float]:
     shares = []
     for layer, block in enumerate(runs.model.blocks):
         x_in, weight = record[f"blocks.{layer}.mixer.hook_x_in"], block.mixer.conv1d.weight.detach()
-        others = torch.ones(x_in.shape[1], dtype=torch.bool)
+        others = torch.ones(x_in.shape[1], dtype=torch.bool, device=x_in.device)
         others[at] = False
         everything = torch.arange(x_in.shape[1])
         length = x_in.shape[1]
-        from_kind = through_taps(x_in, weight, _reached(at, length, own=False))[:, others]
-        whole = through_taps(x_in, weight, _reached(everything, length, own=True))[:, others]
+        from_kind = through_taps(x_in, weight, _reached(at, length, own=False).to(x_in.device))[:, others]
+        whole = through_taps(x_in, weight, _reached(everything, length, own=True).to(x_in.device))[:, others]
         shares.append(float(from_kind.square().sum() / whole.square().sum()))
     return shares
 

@@ -191,6 +191,11 @@ class Ablation:
         with hooks.edit(self.model, changes):
             return errors(model, self.task, batch=self.batch, batch_size=self.chunk)
 
+    def unedited(self, sites: Iterable[str]) -> Float[Tensor, "n n_pairs"]:
+        """``clean`` again, with hooks that only look at these sites: on the path that edits of them would take."""
+        with self.model.hooks(fwd_hooks=[(site, lambda value, hook: None) for site in sites]):
+            return errors(self.model, self.task, batch=self.batch, batch_size=self.chunk)
+
     def sweep(self, cells: Sequence[Cell], tick: Callable[[], object] = lambda: None) -> dict[Cell, Tensor]:
         """``{cell: errors}``; ``tick`` is called after each."""
         found = {}

@@ -39,6 +39,11 @@ class Subject:
 
     @property
     def regression(self) -> bool:
+        """Whether labels are numbers, so that a scale and a shift can be fitted; else they are classes."""
+        return self.task.metric.startswith("squared error")
+
+    @property
+    def linear(self) -> bool:
         """Whether there is a w: what least squares and its relatives are about."""
         return "w" in self.task.sample(1, torch.Generator(), n_pairs=1).truth
 

@@ -71,13 +71,13 @@ def why(found: Findings, name: str, model: Any, prompts: Prompts, layer: int, kn
         found.rows.skip(name, f"contributions, split and gate: {error}")
         return
     found.worst(SUMS, first.relative_error)
-    each = by_example(first.tokens, pairs).sum(-1).double()
+    each = by_example(first.tokens, pairs).sum(-1).double().cpu()
     _contribution(found, name, "first order", str(layer), each * votes, groups)
     _closeness(found, "first_order", (each * votes)[:, :-1], context)
     if f"blocks.{layer}.mixer.hook_conv_init" in model.hook_dict:
         taps = _with_taps(found, name, model, tokens, layer)
         if taps is not None:
-            shown = by_example(taps, pairs).sum(-1).double() * votes
+            shown = by_example(taps, pairs).sum(-1).double().cpu() * votes
             _contribution(found, name, "first order, taps inside", str(layer), shown, groups)
     _knocked_out(found, name, model, prompts, layer, knocked)
     try:

@@ -123,10 +123,10 @@ def reach(
 def reach_gap(
     model: Any, tokens: Float[Tensor, "batch pos d_token"], position: int, step: float = 1e-2, seed: int = 0
 ) -> float:
-    """How far the backward pass behind :func:`reach` is from central differences: |vᵀJu − difference| / |vᵀJu|.
+    """How far the backward pass behind :func:`reach` is from central differences: ‖difference − slope‖ / ‖slope‖.
 
-    One random direction u of all tokens and one random v of every layer's state, summed. The differences' own error is
-    of the order step² + rounding / step.
+    One random direction u of all tokens and one random v_l of each layer's state; both norms are over the layers, so
+    that no sum of slopes cancels. The differences' own error is of the order step² + rounding / step.
     """
     leaf = _to(model, tokens).detach().requires_grad_()
     u = torch.randn(tokens.shape, generator=seeds.generator("reach", seed, 0)).to(leaf)
@@ -135,15 +135,17 @@ def reach_gap(
         torch.randn(h[:, position].shape, generator=seeds.generator("reach", seed, 1, i)).to(h)
         for i, h in enumerate(record.values())
     ]
-    total = torch.stack([(h[:, position] * v).sum() for h, v in zip(record.values(), vs, strict=True)]).sum()
-    (gradient,) = torch.autograd.grad(total, leaf)
-    slope = float((gradient.double() * u.double()).sum())
+    slopes = []
+    for h, v in zip(record.values(), vs, strict=True):
+        (gradient,) = torch.autograd.grad((h[:, position] * v).sum(), leaf, retain_graph=True)
+        slopes.append((gradient.double() * u.double()).sum())
     ends = []
     for sign in (1, -1):
         moved = hooks.record(model, leaf.detach() + sign * step * u, "*.hook_state")
         ends.append([h[:, position].double() for h in moved.values()])
-    gaps = [((up - down) * v.double()).sum() for up, down, v in zip(*ends, vs, strict=True)]
-    return abs(float(torch.stack(gaps).sum()) / (2 * step) - slope) / max(abs(slope), 1e-300)
+    differences = [((up - down) * v.double()).sum() / (2 * step) for up, down, v in zip(*ends, vs, strict=True)]
+    slope, difference = torch.stack(slopes), torch.stack(differences)
+    return float((difference - slope).norm() / slope.norm().clamp(min=1e-300))
 
 
 def _chunks(model: Any, tokens: Tensor) -> Iterator[tuple[int, Tensor]]:

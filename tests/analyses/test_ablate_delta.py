@@ -161,6 +161,23 @@ def test_a_card_that_says_another_error_is_seen(config: ablate_delta.Config, mon
     assert failing(config, monkeypatch, card=50.0) == {"clean error at k=4 against the card, in standard errors"}
 
 
+def test_the_identity_of_the_twin_is_bit_for_bit() -> None:
+    """Unedited, the twin is a convolution; its edits run as a recurrence, and so must what they are held against."""
+    task = tasks.build("linreg", d=D, n_pairs=N_PAIRS)
+    torch.manual_seed(0)
+    twin = models.build("mamba", d_model=8, n_layers=2, d_state=4, d_in=D, d_out=1, selective=False).eval()
+    runs = ablate_delta._subject(
+        "twin", twin, task, *(evaluate.prompts(task, 16, 0, part) for part in ("ablate", "reference"))
+    ).runs
+    sites = ablation_controls.identity(twin)
+    assert torch.equal(runs.under(sites), runs.unedited(sites))
+
+
+def test_prompts_shorter_than_2d_are_run(config: ablate_delta.Config) -> None:
+    short = ablate_delta.run(dataclasses.replace(config, task_config=("n_pairs=4",), modes=("mean",), layers=(0,)))
+    assert int(short.arrays["k"][-1]) == 3
+
+
 def test_an_identity_that_changes_something_is_seen(
     config: ablate_delta.Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
