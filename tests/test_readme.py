@@ -7,6 +7,7 @@ import runpy
 import shlex
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +51,15 @@ def _note(name: str, kind: Kind) -> str:
     return "; ".join(part for part in (PLACES.get(name, ""), note) if part)
 
 
+@cache
+def bundled() -> dict[str, dict[str, Any]]:
+    """The cards of the bundled checkpoints."""
+    return {name: models.load(name).card for name in models.names()}
+
+
 def cards(task: str) -> dict[str, dict[str, Any]]:
-    """The cards of the bundled checkpoints of one task."""
-    found = {name: models.load(name).card for name in models.names()}
-    return {name: card for name, card in found.items() if card["task"] == task}
+    """Those of one task."""
+    return {name: card for name, card in bundled().items() if card["task"] == task}
 
 
 def row(name: str, card: dict[str, Any], cells: list[str]) -> str:
@@ -100,8 +106,7 @@ def others_table() -> str:
         "| checkpoint | parameters | steps | seconds | learning rate | k | error | best classical |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for name in models.names():
-        card = models.load(name).card
+    for name, card in bundled().items():
         if name in {*cards("outliers"), *isotropic()}:
             continue
         measured = card["measured"]

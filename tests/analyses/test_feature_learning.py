@@ -261,6 +261,7 @@ def test_the_recipes_differ_from_the_plain_one_by_their_variant(variant: str) ->
     assert task.config["r"] == 2 and models.build(made.model, **made.model_config, d_in=task.d_token).cfg is not None
 
 
+@pytest.mark.slow
 @pytest.mark.end_to_end
 def test_the_command_on_a_checkpoint(paths: dict[str, str], tmp_path: Path) -> None:
     """``python -m analyses.feature_learning --model … --quick``: files, checks; and one flag wrong."""
