@@ -110,7 +110,7 @@ def test_a_row_of_the_lens_is_that_of_a_run_made_by_hand(result: Result, config:
         ("transformer", "linreg", {"d": D}, ["no recurrent state"]),
         ("mamba", "linreg", {"d": D, "tokens": "joint"}, []),
         ("mamba", "outliers", {"d": 12, "M1": 3, "M2": 4}, ["the lens is not fitted", "no algorithm is matched"]),
-        ("mamba", "decision_tree", {"d": D, "depth": 2, "n_pairs": 9}, ["no algorithm is matched"]),
+        ("mamba", "decision_tree", {"d": D, "depth": 2}, ["no algorithm is matched"]),
     ],
 )
 def test_what_a_model_or_task_does_not_have_is_left_out_and_said(
