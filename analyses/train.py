@@ -166,10 +166,10 @@ def resolve(config: Config) -> TrainConfig:
 
 def _mixed(text: str) -> dict[str, Any]:
     """``name:option=value,option=value`` as an entry of a recipe's mix."""
-    from interp.arguments import named_values
+    from interp.arguments import name_and_options
 
-    name, _, rest = text.partition(":")
-    return {"task": name, "task_config": named_values("mix name:", rest.split(",")) if rest else {}}
+    name, options = name_and_options("mix", text)
+    return {"task": name, "task_config": options}
 
 
 def recipes() -> list[str]:

@@ -94,6 +94,12 @@ def named_values(flag: str, given: Collection[str]) -> dict[str, Any]:
     return options
 
 
+def name_and_options(flag: str, text: str) -> tuple[str, dict[str, Any]]:
+    """``"lasso:alpha=0.1"`` as ``("lasso", {"alpha": 0.1})``; the options are joined by commas, or absent."""
+    name, _, rest = text.partition(":")
+    return name, named_values(f"{flag} name:", rest.split(",")) if rest else {}
+
+
 def usable_device(name: str) -> torch.device:
     """The device called ``name``, if this machine has it; else ``BadArgument`` with those that it has."""
     have = ["cpu"]

@@ -58,7 +58,7 @@ def common_task(models: Mapping[str, Carded], asked: str, options: Mapping[str, 
     first = models[names[0]].card["task_config"]
     for name in names:
         own = models[name].card["task_config"]
-        differs = sorted(key for key in {*first, *own} if first.get(key) != own.get(key))
+        differs = _differ(first, own)
         if differs:
             raise BadArgument(
                 f"{name} was trained on another task than {names[0]}: "
@@ -69,15 +69,20 @@ def common_task(models: Mapping[str, Carded], asked: str, options: Mapping[str, 
 
 def differing(models: Mapping[str, Carded], task: Task) -> list[str]:
     """A line for each model that was trained with other options than ``task`` has, saying which."""
-    lines = []
-    for name, model in models.items():
-        own = model.card["task_config"]
-        parts = [
-            f"{key}={own.get(key)}" for key in sorted({*own, *task.config}) if own.get(key) != task.config.get(key)
-        ]
-        if parts:
-            lines.append(f"{name} was trained with {', '.join(parts)}")
-    return lines
+    found = {
+        name: (model.card["task_config"], _differ(model.card["task_config"], task.config))
+        for name, model in models.items()
+    }
+    return [
+        f"{name} was trained with {', '.join(f'{key}={own.get(key)}' for key in keys)}"
+        for name, (own, keys) in found.items()
+        if keys
+    ]
+
+
+def _differ(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """The options of which the two have different values."""
+    return sorted(key for key in {*one, *other} if one.get(key) != other.get(key))
 
 
 def need_vectors(task: Task, what: str) -> None:

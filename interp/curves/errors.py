@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hooks.errors import BadArgument
 from interp import evaluate, seeds, shifts, stats
-from interp.arguments import named_values
+from interp.arguments import name_and_options
 from interp.curves.rivals import Rival
 from interp.tasks import Batch, Task, TokenTask, inputs
 from interp.tasks.regression import Regression
@@ -207,8 +207,8 @@ def other_labels(task: Task, batch: Batch, k: int) -> Batch:
 
 
 def _shift(text: str) -> shifts.Asked:
-    name, _, rest = text.partition(":")
-    return (name, named_values("shifts name:", rest.split(","))) if rest else name
+    name, options = name_and_options("shifts", text)
+    return (name, options) if options else name
 
 
 def _spread(ks: Sequence[int], count: int, wanted: Sequence[int]) -> tuple[int, ...]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hooks.errors import BadArgument, unknown
 from interp import estimators
-from interp.arguments import known_options, named_values
+from interp.arguments import known_options, name_and_options
 from interp.tasks import Batch, Task, TokenTask
 
 EXTRA = {
@@ -99,12 +99,12 @@ def build(task: Task, asked: Sequence[str]) -> list[Rival]:
 
 
 def _estimator(task: Task, text: str, own: Sequence[str]) -> Rival:
-    name, _, rest = text.partition(":")
+    name = text.partition(":")[0]
     if name not in estimators.names():
         have = list(dict.fromkeys([*own, *estimators.names()]))
         raise BadArgument(f"{unknown('rival', name, have)}; there is: {', '.join(have)}")
     _suits(task, name)
-    options = named_values("rivals name:", rest.split(",")) if rest else {}
+    _, options = name_and_options("rivals", text)
     if name == "add_beta":
         known = {key: task.config[key] for key in ("order", "n_symbols", "beta", "switch")}
         options = {**known, **options}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -15,6 +14,7 @@ from hooks.errors import BadArgument
 from interp import estimators, evaluate, seeds, shifts, tasks
 from interp.tasks import Batch, Task
 from interp.tasks.regression import Regression
+from tests.interp.queries import OtherQueries
 
 NEEDED: dict[str, dict[str, Any]] = {"scaled_inputs": {"factor": 2.0}, "scaled_labels": {"factor": 0.5}}
 """Options without a default, by shift."""
@@ -47,21 +47,6 @@ def last_error(name: str, task: Task, k: int, n: int = 4000, **config: Any) -> T
     batch = prompts(task, n, seed=k, n_pairs=k + 1)
     predicted = estimators.build(name, **config)(batch)
     return task.error(predicted[:, -1:], batch.last())[:, 0]
-
-
-class OtherQueries:
-    """A class of functions whose last label goes to another prompt's query."""
-
-    def __init__(self, functions: Any) -> None:
-        self.functions = functions
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.functions, name)
-
-    def __call__(self, x: Tensor, truth: Mapping[str, Tensor]) -> Tensor:
-        y = self.functions(x, truth).clone()
-        y[:, -1] = y[:, -1].roll(1)
-        return y
 
 
 @EVERY

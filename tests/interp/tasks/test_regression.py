@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from torch import Tensor
 from interp import estimators, seeds, tasks
 from interp.tasks import Batch
 from interp.tasks.regression import Regression
+from tests.interp.queries import OtherQueries
 
 TASKS: list[tuple[str, dict[str, Any]]] = [
     ("linreg", {}),
@@ -55,21 +55,6 @@ def least_squares_of_last(batch: Batch) -> Tensor:
     x, y = batch.x.double(), batch.y.double()
     w = torch.linalg.pinv(x[:, :-1]) @ y[:, :-1, None]
     return (x[:, -1] * w[..., 0]).sum(-1)
-
-
-class OtherQueries:
-    """A class of functions whose last label goes to another prompt's query."""
-
-    def __init__(self, functions: Any) -> None:
-        self.functions = functions
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.functions, name)
-
-    def __call__(self, x: Tensor, truth: Mapping[str, Tensor]) -> Tensor:
-        y = self.functions(x, truth).clone()
-        y[:, -1] = y[:, -1].roll(1)
-        return y
 
 
 @EVERY
