@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+import hooks
 import models
 from analyses import ablate_delta
 from hooks.errors import BadArgument
@@ -171,6 +172,11 @@ def test_the_identity_of_the_twin_is_bit_for_bit() -> None:
     ).runs
     sites = ablation_controls.identity(twin)
     assert torch.equal(runs.under(sites), runs.unedited(sites))
+    bundled, tokens = models.load("lti-mamba-linreg"), torch.randn(64, 41, 5)
+    with torch.no_grad(), hooks.expose(bundled):
+        unwatched = bundled(tokens)
+        with hooks.edit(bundled, {"*.hook_B": torch.clone}):
+            assert torch.equal(bundled(tokens), unwatched)
 
 
 def test_prompts_shorter_than_2d_are_run(config: ablate_delta.Config) -> None:
