@@ -41,7 +41,6 @@ if TYPE_CHECKING:
 
 QUICK = 32
 RIVALS = ("lti-mamba", "s4d")
-CURVES = ("mean", "position-mean", "token-mean", "resample", "freeze:y")
 FP32 = 1e-4
 """Largest difference between two fp32 paths of one function, relative to the largest value."""
 
@@ -130,12 +129,12 @@ def run(config: Config) -> Result:
             **rows.arrays(),
             **mapped,
             **_shares(parts),
+            **_tap_shares(subject),
         },
         checks=_checks(subject, controls, rivals, beside, parts, config.seed),
         provenance={
             **provenance.provenance(seed=config.seed, device=config.device, seconds=seconds),
             "weights": {each.name: models.digest(each.model) for each in [subject, *rivals]},
-            "tap_share": _tap_shares(subject),
         },
     )
 
@@ -212,12 +211,19 @@ def _controls(subject: Subject, config: Config, tick: Any) -> dict[str, Tensor]:
     return found
 
 
-def _tap_shares(subject: Subject) -> dict[str, list[float]]:
+def _tap_shares(subject: Subject) -> dict[str, Any]:
+    """What freezing leaves of the frozen tokens in the others' taps: kind × share, low, high × layer."""
+    import numpy as np
+
     from interp.ablation.controls import has_taps, tap_share
 
     if not has_taps(subject.model):
         return {}
-    return {kind: tap_share(subject.runs, kind) for kind in subject.task.kinds}
+    found = [tap_share(subject.runs, kind) for kind in subject.task.kinds]
+    return {
+        "tap_share_kinds": np.array(subject.task.kinds),
+        "tap_share": np.stack([np.stack([each.mean, each.low, each.high]) for each in found]),
+    }
 
 
 def _rows(
@@ -353,25 +359,30 @@ def _checks(
 
 
 def plot(result: Result) -> Figure:
-    """Error against k for each mode; the change by layer and mode; the shares of the variance of log Δ."""
+    """Error against k for each mode, and for each factor; the change by layer and mode; shares of log Δ's variance."""
     from interp import plot as draw
     from interp.variance import LEVELS, STATIC
 
     arrays, config = result.arrays, result.config
-    k, floor = arrays["k"], 1e-4
+    k, floor = arrays["k"], 1e-5
     named = {str(name): curve for name, curve in zip(arrays["curve_names"], arrays["curves"], strict=True)}
-    figure, (left, middle, right) = draw.canvas((1.25, 1.35, 0.8), height=4.3)
+    own = f"{config['model']}|delta|"
+    modes = [name.removeprefix(own) for name in named if name.startswith(own)]
+    swept = [mode for mode in modes if mode.startswith("scale×")]
+    figure, panels = draw.canvas((1.4, *([0.85] if swept else []), 1.35, 0.75), height=4.8, width=14.5)
+    left, middle, right = panels[0], *panels[-2:]
 
-    drawn = {"Δ as it is": f"{config['model']}||clean"}
-    drawn |= {mode: f"{config['model']}|delta|{mode}" for mode in CURVES}
-    drawn["all-mean (Δ, B, C)"] = f"{config['model']}|delta,B,C|all-mean"
-    drawn |= {f"{stem} (own training)": f"{stem}-{config['task']}||clean" for stem in RIVALS}
-    lines = {label: tuple(named[key]) for label, key in drawn.items() if key in named}
-    draw.curves(left, k, lines, floor=floor)
-    draw.baseline(left, k, named["ols||clean"][0], "least squares", floor=floor)
-    left.set_xlabel("examples seen, k")
+    lines = {"Δ as it is": f"{config['model']}||clean"}
+    lines |= {mode + _left_in_taps(mode, arrays): own + mode for mode in modes if mode not in swept}
+    lines["all-mean (Δ, B, C)"] = f"{config['model']}|delta,B,C|all-mean"
+    lines |= {f"{stem} (own training)": f"{stem}-{config['task']}||clean" for stem in RIVALS}
+    scaled = {"Δ as it is": f"{config['model']}||clean"} | {mode.replace("scale", "Δ "): own + mode for mode in swept}
+    for panel, drawn in ((left, lines), (panels[1], scaled))[: 2 if swept else 1]:
+        draw.curves(panel, k, {label: tuple(named[key]) for label, key in drawn.items() if key in named}, floor=floor)
+        draw.baseline(panel, k, named["ols||clean"][0], "least squares", floor=floor)
+        panel.set_xlabel("examples seen, k")
+        panel.legend(frameon=False, fontsize=6.5, ncols=2 if panel is left else 1, loc="lower left")
     left.set_ylabel("squared error ÷ E[y²]")
-    left.legend(frameon=False, fontsize=7, ncols=2, loc="lower left")
 
     value, low, high = arrays["map"]
     draw.heat_map(
@@ -395,6 +406,16 @@ def plot(result: Result) -> Figure:
         color="0.35",
     )
     return figure
+
+
+def _left_in_taps(mode: str, arrays: Mapping[str, Any]) -> str:
+    """For a frozen kind of token: how much of the others' convolution output it still makes up, over the layers."""
+    kinds = [str(kind) for kind in arrays.get("tap_share_kinds", ())]
+    kind = mode.removeprefix("freeze:")
+    if kind == mode or kind not in kinds:
+        return ""
+    share = 100 * arrays["tap_share"][kinds.index(kind), 0]
+    return f" ({share.min():.0f}–{share.max():.0f} % of taps left)"
 
 
 def _title(result: Result, named: Mapping[str, Any]) -> str:

@@ -8,8 +8,8 @@ Estimand   (1) the lens: each block's residual stream at the query through the m
            variables. (3) The distance of each block's prediction, in the labels' unit by one scale
            and shift for all prompts, to gradient descent after t steps, GD++, Newton, online
            descent, ridge, least squares, k-NN, averaging; the nearest, chosen on half of the
-           prompts and judged on the other half. (4) Error after each block and each number k of
-           examples, up to twice as many as in training
+           prompts and judged on the other half; for the last block by number of examples too.
+           (4) Error after each block and each number k of examples, up to twice as many as in training
 Controls   the floor of the fit, by formula and of a feature drawn at random; the labels of another
            w; the same architecture with random weights in the lens and the probes; shuffled targets
            and running sums in the probes; least squares on another w's labels in the matching; the
@@ -105,13 +105,15 @@ def run(config: Config) -> Result:
         tick()
         levels = layers.error_map(subject, 2 * prompts)
         tick()
-        found = matching.candidates(levels.within()) if subject.linear else None
+        found = matching.candidates(levels.within()) if subject.linear and levels.trained > 1 else None
         matches = layers.matches(levels, found, config.seed)
+        by_k = layers.match_by_k(levels, matches, found, config.seed)
         tick()
     asked = {key: value for key, value in asdict(config).items() if key not in ("out", "json")}
     resolved = {"model": subject.name, "prompts": prompts, "k": subject.k, "task_config": subject.task.config}
     rows = layer_rows.lens_rows(seen, m) + layer_rows.probe_rows(probes)
-    rows += layer_rows.match_rows(matches) + layer_rows.map_rows(levels, subject)
+    ks = sorted({*subject.task.report_ks, levels.trained - 1})
+    rows += layer_rows.match_rows(matches, by_k, ks) + layer_rows.map_rows(levels, subject)
     checks = _checks(subject, seen, probes, levels, found, config)
     seconds = time.perf_counter() - began
     return Result(
@@ -120,7 +122,7 @@ def run(config: Config) -> Result:
         arrays={
             **layer_rows.lens_arrays(seen, m),
             **layer_rows.probe_arrays(probes),
-            **layer_rows.match_arrays(matches, found, levels, config.seed),
+            **layer_rows.match_arrays(matches, by_k, found, levels),
             **layer_rows.map_arrays(levels),
             "metric": np.array(subject.task.metric),
         },
@@ -159,7 +161,7 @@ def _subject(config: Config) -> Subject:
             f"alpha={alpha}: the lens asks several queries after one context, and a fixed share of outliers would "
             "be counted over both; leave alpha out (p_a contaminates each example by itself)"
         )
-    k = task.n_pairs - 1 if config.k is None else whole_number("k", config.k, 1)
+    k = task.n_pairs - 1 if config.k is None else whole_number("k", config.k, 0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         fresh = models.build(model.architecture, **asdict(model.cfg)).eval()
@@ -178,6 +180,8 @@ def _notes(subject: Subject, probes: list[Probed], levels: Map) -> list[str]:
         notes.append(f"{subject.task.name} is no regression: the lens is not fitted")
     if not subject.linear:
         notes.append(f"{subject.task.name} has no w: no algorithm is matched")
+    elif levels.trained < 2:
+        notes.append("prompts of one pair have no context: no algorithm is matched")
     if levels.raw.shape[-1] < 2 * subject.task.n_pairs:
         notes.append(f"{subject.name} reads at most {levels.raw.shape[-1]} pairs: the map ends there")
     return notes
@@ -259,43 +263,45 @@ def plot(result: Result) -> Figure:
 
     arrays, config = result.arrays, result.config
     blocks = np.arange(arrays["lens_fitted"].shape[1])
-    figure, panels = draw.grid([(1.2, 0.9, 1.1), (0.85, 0.85, 1.15, 1.05)], heights=(3.8, 4.2), width=16.0)
-    _draw_lens(panels[0], arrays, blocks, draw)
-    draw.curves(panels[1], blocks, {"scale a": tuple(arrays["scale"]), "shift b": tuple(arrays["shift"])}, floor=None)
-    draw.baseline(panels[1], blocks, np.ones(len(blocks)), "no scaling, no shift", floor=None, style=1)
-    draw.baseline(panels[1], blocks, np.zeros(len(blocks)), "_", floor=None, style=1)
-    panels[1].set_ylabel("y ≈ a ŷ + b, median over prompts")
+    figure, panels = draw.grid([(1.2, 0.9, 1.1, 1.15), (0.85, 0.85, 1.1, 0.95)], heights=(3.8, 4.4), width=17.0)
+    lens, fit, decrease, mapped, residual, state, match, match_k = panels
+    _draw_lens(lens, arrays, blocks, draw)
+    draw.curves(fit, blocks, {"scale a": tuple(arrays["scale"]), "shift b": tuple(arrays["shift"])}, floor=None)
+    draw.baseline(fit, blocks, np.ones(len(blocks)), "no scaling, no shift", floor=None, style=1)
+    draw.baseline(fit, blocks, np.zeros(len(blocks)), "_", floor=None, style=1)
+    fit.set_ylabel("y ≈ a ŷ + b, median over prompts")
     shares = {"error": tuple(arrays["share"]), "log error": tuple(arrays["factor"])}
     draw.bars(
-        panels[2],
+        decrease,
         [str(b) for b in blocks[1:]],
         {name: ends for name, ends in shares.items() if np.isfinite(ends[0]).all()},
         even=1 / max(1, len(blocks) - 1),
     )
-    panels[2].set_ylabel("share of the decrease")
-    for panel, features in ((panels[3], "residual"), (panels[4], "state")):
-        _draw_probes(panel, arrays, features, draw)
-    _draw_matches(panels[5], arrays, blocks, draw)
+    decrease.set_ylabel("share of the decrease")
     draw.level_map(
-        panels[6],
+        mapped,
         arrays["map"],
         [str(b) for b in blocks],
         label=f"{arrays['metric']}, not fitted",
         edge=float(arrays["map_trained"]) - 0.5,
     )
-    panels[6].set_xlabel("examples seen, k (beyond the line: more than in training)")
-    panels[6].set_ylabel("block")
-    for panel in panels[:6]:
-        panel.set_xlabel("block" if panel is panels[2] else "block (0: before the first)")
-    for panel in (panels[0], panels[1], panels[5]):
+    mapped.set_xlabel("examples seen, k (beyond the line: more than in training)")
+    mapped.set_ylabel("block")
+    _draw_probes(residual, arrays, "residual", draw)
+    _draw_probes(state, arrays, "state", draw)
+    _draw_matches(match, match_k, arrays, blocks, draw)
+    for panel in (lens, fit, residual, state, match):
+        panel.set_xlabel("block (0: before the first)")
+    decrease.set_xlabel("block")
+    for panel in (lens, fit, match):
         panel.set_xticks(blocks)
-    for panel in panels[:3]:
+    for panel in (lens, fit, decrease):
         panel.legend(frameon=False, fontsize=7)
-    # Residual and state share their lines, so one legend does for both; it stands at the one that is there.
-    shown = panels[4] if panels[4].lines else panels[3]
-    shown.legend(frameon=False, fontsize=6.5, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    if "match" in arrays:
-        panels[5].legend(frameon=False, fontsize=6.5, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    # Panels side by side share their lines, so one legend does for both; it stands at the last one that has any.
+    for pair in ((residual, state), (match, match_k)):
+        drawn = [panel for panel in pair if panel.lines]
+        if drawn:
+            drawn[-1].legend(frameon=False, fontsize=6.5, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     panels[0].set_ylabel(str(arrays["metric"]))
     figure.suptitle(_title(result), fontsize=10.5)
     figure.supxlabel(
@@ -353,25 +359,32 @@ def _draw_probes(axes: Any, arrays: Mapping[str, Any], features: str, draw: Any)
     axes.set_ylabel(f"R² of a ridge probe from the {features}")
 
 
-def _draw_matches(axes: Any, arrays: Mapping[str, Any], blocks: np.ndarray, draw: Any) -> None:
+def _draw_matches(axes: Any, by_k: Any, arrays: Mapping[str, Any], blocks: np.ndarray, draw: Any) -> None:
+    """Distances by block, with the nearest named, and of the last block by number of examples."""
     import numpy as np
 
     if "match" not in arrays:
-        axes.set_axis_off()
+        for panel in (axes, by_k):
+            panel.set_axis_off()
         axes.text(0.5, 0.5, "no algorithm is matched", ha="center", transform=axes.transAxes)
         return
-    floor = 0.5 * float(arrays["match"][:, 0].min())
     names = [str(name) for name in arrays["match_families"]]
-    lines = {
-        name: tuple(np.minimum(ends, 3)) for name, ends in zip(names, arrays["match"], strict=True) if name != "zero"
-    }
-    draw.curves(axes, blocks, lines, floor=floor)
-    draw.baseline(axes, blocks, np.ones(len(blocks)), "zero", floor=floor)
+    for panel, x, key in ((axes, blocks, "match"), (by_k, arrays["k"][: arrays["match_by_k"].shape[-1]], "match_by_k")):
+        found = dict(zip(names, arrays[key], strict=True))
+        means = np.stack([ends[0] for ends in found.values()])
+        lowest = 0.5 * float(means[means > 0].min())
+        zero = found.pop("zero")[0] if panel is by_k else np.ones(len(blocks))
+        drawn = {name: tuple(np.minimum(ends, 3)) for name, ends in found.items() if name != "zero"}
+        draw.curves(panel, x, drawn, floor=lowest)
+        draw.baseline(panel, x, zero, "zero", floor=lowest)
+    floor = axes.get_ylim()[0]
     for block, (best, setting) in enumerate(zip(arrays["match_best"], arrays["match_setting"], strict=True)):
         sure = "*" if arrays["match_clear"][block] else "(*)"
         axes.text(block, floor / 2500, f"{sure} {best} {setting}", rotation=90, ha="center", va="bottom", fontsize=6)
     axes.set_ylim(floor / 4000, 3.3)
     axes.set_ylabel("distance: Σ (ŷ − algorithm)² ÷ Σ ŷ²")
+    by_k.set_xlabel(f"examples seen, k (block {blocks[-1]})")
+    by_k.set_ylabel("(ŷ − algorithm)² ÷ mean of ŷ² over k ≥ 1")
 
 
 def _title(result: Result) -> str:

@@ -2,8 +2,8 @@
 
     M[t, s] = Σ_n C_t[n] ∏_{s<k≤t} decay_k[n] B̄_s[n]
 
-of any layer with an elementwise decay (Mamba and its time-invariant twin, S4D with its complex states, linear
-attention …), from the decays that the run itself used, edits included. M says what the scan does with x while Δ, B and
+of any layer with a recurrence (Mamba and its time-invariant twin, S4D with its complex states, S4, whose decays are
+matrices, linear attention …), from the decays that the run itself used, edits included. M says what the scan does with x while Δ, B and
 C are held: that they depend on x as well is not in it. What is in it is chosen:
 
     "scan"  from ``hook_x`` to ``hook_y``
@@ -172,7 +172,7 @@ def _values(seen: Recurrence, columns: Tensor, queries: Tensor) -> tuple[Tensor,
     made = (batch, len(columns), len(queries))
     values, start, put = (seen.x.new_zeros(shape) for shape in ((*made, length), made, made))
     C = seen.rows(torch.ones_like(seen.x))
-    few = ROW_COST * len(queries) < length
+    few = seen.factored or ROW_COST * len(queries) < length
     size = 1 << (length - 1).bit_length()
     direct = size == length and torch.equal(queries, torch.arange(length, device=queries.device))
     started = bool(seen.init.any())
@@ -180,7 +180,8 @@ def _values(seen: Recurrence, columns: Tensor, queries: Tensor) -> tuple[Tensor,
     for first in range(0, len(columns), tile):
         here = slice(first, first + tile)
         at: Any = here if every else columns[here]
-        decay, gain, init = (seen.numbers(part[..., at, :]) for part in (seen.decay, seen.gain, seen.init))
+        decay = seen.numbers(seen.decay[:, :, at])
+        gain, init = (seen.numbers(part[..., at, :]) for part in (seen.gain, seen.init))
         row = C[:, :, at]
         added = None if seen.edited is None else seen.numbers(seen.edited[:, :, at])
         if few:

@@ -9,9 +9,10 @@ its factor into decay and write, its offset into ``edited``, which is what edits
 ``Recurrence.pull_back`` is the adjoint recurrence λ_t = C_t g_t + decay_{t+1} λ_{t+1}: with it Σ_t g_t y_t is
 Σ_s λ_s write_s + λ_0 decay_0 h_0, in O(pos · d_inner · d_state). ``tree`` multiplies the same out for all pairs of
 positions. Both only multiply decays: no logarithm and no division, so a decay of exactly 0 is nothing special, and
-complex decays (pairs of reals in the sites of S4D) are as good as real ones.
+complex decays (pairs of reals in the sites of S4D) are as good as real ones. Where ``hook_transition`` takes the place
+of ``hook_decay`` (S4), decay_t h is a ⊙ h + u ⟨q, h⟩, and its adjoint a ⊙ λ + q̄ Re(Σ u λ); that has no tree.
 
-What a mixer must have: ``hook_x``, ``hook_decay``, ``hook_write``, ``hook_y`` and, for the states (batch, pos, d_inner,
+What a mixer must have: ``hook_x``, ``hook_decay`` or ``hook_transition``, ``hook_write``, ``hook_y`` and, for the states (batch, pos, d_inner,
 n) as ``hook_state`` shows them, a method ``read(states, C)`` that gives y, linear in the states; ``C`` is what
 ``hook_C`` held, and is left out where there is no such site because C is a weight.
 """
@@ -31,6 +32,7 @@ import hooks
 from hooks.edit import Edit, Index
 from hooks.errors import BadArgument
 from hooks.point import state_edits, watched
+from hooks.propagate import StateEdit
 
 Inner = Float[Tensor, "batch pos d_inner"]
 States = Float[Tensor, "batch pos d_inner n"]
@@ -40,6 +42,8 @@ TILE = 64
 SMALLEST = 1e-15
 """The least |x| that the write is divided by."""
 NEEDED = ("hook_x", "hook_decay", "hook_write", "hook_y")
+FACTORS = "hook_transition"
+"""Takes the place of ``hook_decay`` where the states are mixed: (batch, pos, d_inner, 3, n), the factors a, u and q."""
 HELD = ("hook_delta", "hook_delta_decay", "hook_delta_write", "hook_B", "hook_C")
 
 
@@ -48,7 +52,8 @@ class Recurrence:
     """Decay, writes and read-out of one layer in one run; n is d_state, or 2 · d_state where states are complex."""
 
     x: Inner
-    decay: States
+    decay: States | Float[Tensor, "batch pos d_inner 3 n"]
+    """Where ``factored``, the three factors: (batch, pos, d_inner, 3, n)."""
     write: States
     """What the tokens write: linear in x."""
     gain: States | None
@@ -68,6 +73,11 @@ class Recurrence:
     output: Any
     """What the run returned."""
 
+    @property
+    def factored(self) -> bool:
+        """Whether what is kept is a diagonal and a product of two vectors."""
+        return self.decay.ndim > self.write.ndim
+
     def numbers(self, values: Float[Tensor, "*shape n"]) -> Inexact[Tensor, "*shape d_state"]:
         """Values in the layout of ``hook_state`` as what they stand for: real, or complex numbers."""
         return values if self.parts == 1 else torch.complex(*values.chunk(2, dim=-1))
@@ -78,7 +88,7 @@ class Recurrence:
         Real parts p and imaginary parts q of a complex state are read as Re((p − iq) h).
         """
         with torch.enable_grad():
-            states = torch.zeros_like(self.decay[:, pos]).requires_grad_()
+            states = torch.zeros_like(self.write[:, pos]).requires_grad_()
             y = self.read(states, *(() if self.C is None else (self.C[:, pos],)))
         (found,) = torch.autograd.grad(y, states, weights[:, pos].to(y.dtype))
         found = self.numbers(found)
@@ -90,7 +100,7 @@ class Recurrence:
         Returns those, each (batch, pos, d_inner), and the same of h_0, (batch, d_inner). With all that is written in
         ``onto`` they sum to the whole, over positions and channels.
         """
-        found = [torch.zeros_like(self.decay[..., 0]) for _ in onto]
+        found = [torch.zeros_like(self.write[..., 0]) for _ in onto]
 
         def seeds(pos: slice) -> Tensor:
             return self.rows(weights, pos)
@@ -113,21 +123,26 @@ def adjoints(
     """λ_t = seeds_t + decay_{t+1} λ_{t+1} from the last position to the first, ``TILE`` positions at a time.
 
     ``decay`` and ``seeds`` give a tile (batch, some, d_inner, d_state), that of ``seeds`` to be written to; ``keep`` is
-    handed λ in its place. Returns decay_0 λ_0, which multiplies h_0.
+    handed λ in its place. Decays may be factors (batch, some, d_inner, 3, d_state). Returns decay_0 λ_0, which
+    multiplies h_0.
     """
     carry = None
     for start in reversed(range(0, length, TILE)):
         pos = slice(start, min(start + TILE, length))
         adjoint = seeds(pos)
         for at, kept in zip(reversed(adjoint.unbind(1)), reversed(decay(pos).unbind(1)), strict=True):
-            if carry is None:
-                carry = at * kept
-            else:
+            if carry is not None:
                 at += carry
-                torch.mul(at, kept, out=carry)
+            carry = torch.mul(at, kept, out=carry) if kept.ndim == at.ndim else _through_factors(at, kept)
         keep(pos, adjoint)
     assert carry is not None
     return carry
+
+
+def _through_factors(adjoint: Inexact[Tensor, "*shape n"], factors: Inexact[Tensor, "*shape 3 n"]) -> Tensor:
+    """The λ' with Re(λ' · h) = Re(λ · (a ⊙ h + u Re(q̄ · h))) for every h."""
+    diagonal, column, row = factors.unbind(-2)
+    return adjoint * diagonal + row.conj() * real((adjoint * column).sum(-1, keepdim=True))
 
 
 def tree(
@@ -228,7 +243,7 @@ def observe(
             model(x, **keywords)
         return found[0]
 
-    decay, write = seen.pop("hook_decay"), seen.pop("hook_write")
+    decay, write = seen.pop(FACTORS if FACTORS in seen else "hook_decay"), seen.pop("hook_write")
     added = written(0.0) if "hook_write" in changed else None
     each = None
     if gain:
@@ -240,10 +255,12 @@ def observe(
     if states and added is None:
         added = torch.zeros_like(write)
     for edit in states:
-        offset = edit.fold(decay, torch.zeros_like(write))[1]
-        write = edit.fold(decay, write)[1] - offset
-        each = None if each is None else edit.fold(decay, each)[1] - offset
-        decay, added = edit.fold(decay, added)
+        offset = edit.fold(write, torch.zeros_like(write))[1]
+        write = edit.fold(write, write)[1] - offset
+        each = None if each is None else edit.fold(each, each)[1] - offset
+        assert added is not None
+        added = edit.fold(added, added)[1]
+        decay = _folded(edit, decay, offset) if decay.ndim > write.ndim else edit.fold(decay, decay)[0]
     return Recurrence(
         x=seen["hook_x"].to(write.dtype),
         decay=decay,
@@ -261,6 +278,12 @@ def observe(
     )
 
 
+def _folded(edit: StateEdit, factors: Tensor, offset: States) -> Tensor:
+    """m ⊙ (a ⊙ h + u ⟨q, h⟩) as factors: an edit multiplies the diagonal and the column."""
+    diagonal, column, row = factors.unbind(-2)
+    return torch.stack([edit.fold(diagonal, offset)[0], edit.fold(diagonal, column)[1] - offset, row], dim=-2)
+
+
 class _Written(Exception):
     """Ends a run of which only the writes are wanted."""
 
@@ -273,18 +296,18 @@ def mixer_of(model: Any, layer: int, kinds: Sequence[str]) -> tuple[str, Any]:
     if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < count:
         raise BadArgument(f"there is no layer {layer!r}: the model has layers 0 to {count - 1}")
     prefix = f"blocks.{layer}.mixer."
-    missing = [kind for kind in (*NEEDED, *kinds) if prefix + kind not in model.hook_dict]
+    needed = [FACTORS if kind == "hook_decay" and prefix + FACTORS in model.hook_dict else kind for kind in NEEDED]
+    missing = [kind for kind in (*needed, *kinds) if prefix + kind not in model.hook_dict]
     mixer = getattr(model.blocks[layer], "mixer", None)
     if not missing and not hasattr(mixer, "read"):
         missing = ["hook_C (nor a read-out of its own)"]
     if missing:
         have = [name.removeprefix(prefix) for name in model.hook_dict if name.startswith(prefix + "hook_")]
-        factors = "; its hook_transition is no elementwise decay" if "hook_transition" in have else ""
         what = f"has {', '.join(have)}" if have else "has no recurrence"
         name = getattr(model, "architecture", type(model).__name__)
         raise BadArgument(
             f"layer {layer} of this {name} has no {', '.join(missing)}, of which this attention is made: "
-            f"it {what}{factors}"
+            f"it {what}"
         )
     return prefix, mixer
 

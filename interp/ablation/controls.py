@@ -16,6 +16,7 @@ from hooks.errors import BadArgument
 from interp import seeds
 from interp.ablation.effects import Ablation
 from interp.knockout import CutTaps, through_taps
+from interp.stats import Interval, ratio
 from interp.variance import content_variance
 
 
@@ -50,26 +51,27 @@ def freeze_and_cut_taps(runs: Ablation, kind: str) -> dict[str, Any]:
     return made
 
 
-def tap_share(runs: Ablation, kind: str) -> list[float]:
-    """For each layer: the part of the other tokens' convolution output that comes from tokens of ``kind``.
+def tap_share(runs: Ablation, kind: str) -> Interval:
+    """For each layer (layers,): the part of the other tokens' convolution output that comes from tokens of ``kind``.
 
     ‖Σ taps that reach such a token‖² over ‖Σ all taps‖² (without the bias), summed over the other tokens, the
-    channels and the evaluated prompts.
+    channels and the evaluated prompts; the interval is over prompts.
     """
     at = runs.reference.of_kind(kind)
     tokens = runs.batch.tokens.to(next(runs.model.parameters()))
     record = hooks.record(runs.model, tokens, "*.hook_x_in")
-    shares = []
+    parts, wholes = [], []
     for layer, block in enumerate(runs.model.blocks):
         x_in, weight = record[f"blocks.{layer}.mixer.hook_x_in"], block.mixer.conv1d.weight.detach()
-        others = torch.ones(x_in.shape[1], dtype=torch.bool, device=x_in.device)
-        others[at] = False
-        everything = torch.arange(x_in.shape[1])
         length = x_in.shape[1]
-        from_kind = through_taps(x_in, weight, _reached(at, length, own=False).to(x_in.device))[:, others]
-        whole = through_taps(x_in, weight, _reached(everything, length, own=True).to(x_in.device))[:, others]
-        shares.append(float(from_kind.square().sum() / whole.square().sum()))
-    return shares
+        others = torch.ones(length, dtype=torch.bool, device=x_in.device)
+        others[at] = False
+        for found, mask in (
+            (parts, _reached(at, length, own=False)),
+            (wholes, _reached(torch.arange(length), length, own=True)),
+        ):
+            found.append(through_taps(x_in, weight, mask.to(x_in.device))[:, others].square().sum((1, 2)))
+    return ratio(*(torch.stack(found, dim=1).double().cpu().numpy() for found in (parts, wholes)))
 
 
 def _reached(at: Tensor, length: int, *, own: bool) -> Bool[Tensor, "1 source target"]:

@@ -17,6 +17,7 @@ import hooks
 from interp import probe, seeds
 from interp.estimators.iterative import sums_before
 from interp.layers import lens, matching
+from interp.stats import Interval
 from interp.tasks.base import Batch, Task
 
 TARGETS = ("w", "w_ols", "Xty", "y", "direction", "label", "Xty_clean", "n_clean")
@@ -139,11 +140,13 @@ def probes(subject: Subject, n: int) -> list[Probed]:
     """
     task, found = subject.task, []
     parts = probe.split(n, seed=subject.seed)
-    early = max(1, min(task.d - 1, subject.k // 2))
-    for part, k in enumerate(sorted({early, subject.k}), start=2):
-        batch = subject.sample(n, part, k + 1)
-        variables = {name: value for name, value in task.variables(batch).items() if name in TARGETS}
-        targets = {name: value if name in PER_PROMPT else value[:, k] for name, value in variables.items()}
+    early = min(max(1, min(task.d - 1, subject.k // 2)), subject.k)
+    batches = {k: subject.sample(n, part, k + 1) for part, k in enumerate(sorted({early, subject.k}), start=2)}
+    drawn = {k: _targets(task, batch, k) for k, batch in batches.items()}
+    # Without examples, sums over them are the same for every prompt: nothing that a probe could read.
+    told = [name for name in drawn[early] if all(_varies(values[name]) for values in drawn.values())]
+    for k, batch in batches.items():
+        targets = {name: drawn[k][name] for name in told}
         own, fresh = (features(model, batch) for model in (subject.model, subject.untrained))
         sums = torch.cat([sums_before(batch.y[..., None] * batch.x)[:, k], batch.x[:, k]], dim=1)
         width = min(subject.model.cfg.d_model, len(parts.train) // 4)
@@ -159,6 +162,16 @@ def probes(subject: Subject, n: int) -> list[Probed]:
             )
             found += [Probed(kind, block, k, name, one) for name, one in every.items()]
     return found
+
+
+def _targets(task: Task, batch: Batch, k: int) -> dict[str, Tensor]:
+    """What the probes are asked for once ``k`` examples and a query have been read."""
+    variables = {name: value for name, value in task.variables(batch).items() if name in TARGETS}
+    return {name: value if name in PER_PROMPT else value[:, k] for name, value in variables.items()}
+
+
+def _varies(values: Tensor) -> bool:
+    return bool((values != values[:1]).any())
 
 
 def features(model: Any, batch: Batch) -> dict[tuple[str, int], Float[Tensor, "batch feature"]]:
@@ -208,6 +221,15 @@ def matches(levels: Map, found: matching.Candidates | None, seed: int) -> list[m
         return []
     own = levels.calibrated[..., : levels.trained]
     return [matching.match(one, found, range(1, levels.trained), seed=seed) for one in own]
+
+
+def match_by_k(
+    levels: Map, matches: list[matching.Match], found: matching.Candidates | None, seed: int
+) -> dict[str, Interval]:
+    """The last block's distance to each algorithm, at the setting chosen for it, after each number of examples."""
+    if found is None or not matches:
+        return {}
+    return matching.curve(levels.calibrated[-1][:, : levels.trained], found, matches[-1], seed)
 
 
 def _other_labels(subject: Subject, batch: Batch) -> Float[Tensor, "batch n_pairs"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -54,8 +55,10 @@ def probe_rows(probes: list[Probed]) -> list[Row]:
     ]
 
 
-def match_rows(matches: list[matching.Match]) -> list[Row]:
-    """The distance of every block to every family at its best setting, then the nearest family."""
+def match_rows(matches: list[matching.Match], by_k: Mapping[str, Interval], ks: Sequence[int]) -> list[Row]:
+    """The distance of every block to every family at its best setting, then the nearest family; the last block's
+    distances after ``ks`` examples as well.
+    """
     rows = []
     for block, one in enumerate(matches):
         for family, (setting, interval) in one.family.items():
@@ -64,6 +67,9 @@ def match_rows(matches: list[matching.Match]) -> list[Row]:
         sure = "" if one.clear else ", not told apart from the next"
         steps = "" if one.steps[0] < 0 else f", steps [{one.steps[1]}, {one.steps[2]}]"
         rows.append(_row("match", block, f"nearest: {one.best}{sure}", interval, setting=f"{setting}{steps}"))
+    for family, distances in by_k.items():
+        apart, setting = _apart(distances), matches[-1].family[family][0]
+        rows += [_row("match", len(matches) - 1, family, apart[k], setting=setting, k=str(k)) for k in ks]
     return rows
 
 
@@ -110,13 +116,12 @@ def probe_arrays(probes: list[Probed]) -> dict[str, np.ndarray]:
 
 
 def match_arrays(
-    matches: list[matching.Match], found: matching.Candidates | None, levels: Map, seed: int
+    matches: list[matching.Match], by_k: Mapping[str, Interval], found: matching.Candidates | None, levels: Map
 ) -> dict[str, np.ndarray]:
     """``match`` (family, 3, block); for the last block ``match_by_k`` (family, 3, k); GD and GD++ by step."""
     if not matches or found is None:
         return {}
     families = list(matches[0].family)
-    by_k = matching.curve(levels.calibrated[-1][:, : levels.trained], found, matches[-1], seed)
     return {
         "match_families": np.array(families),
         "match": np.array([_stack([one.family[name][1] for one in matches]) for name in families]),
@@ -125,7 +130,7 @@ def match_arrays(
         "match_clear": np.array([one.clear for one in matches]),
         "match_steps": np.array([one.steps for one in matches]),
         "match_agreement": np.array([one.agreement for one in matches]),
-        "match_by_k": np.array([_stack(_apart(by_k[name])) for name in families]),
+        "match_by_k": np.array([[by_k[name].mean, by_k[name].low, by_k[name].high] for name in families]),
         "descent_gd": _descent(levels, found, ("GD", "fastest"), len(matches)),
         "descent_gdpp": _descent(levels, found, ("GD++", "iterated"), len(matches)),
     }

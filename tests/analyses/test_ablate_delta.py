@@ -84,9 +84,14 @@ def test_the_figure_is_redrawn_from_disk_without_the_model(result: Result, tmp_p
     loaded = Result.load(saved.folder)
     figure = ablate_delta.plot(loaded)
     panels = [axes for axes in figure.axes if axes.get_title(loc="left")]
-    assert [axes.get_title(loc="left") for axes in panels] == ["a", "b", "c"]
-    labels = [text.get_text() for text in panels[0].get_legend().get_texts()]
-    assert "least squares" in labels and "position-mean" in labels and "Δ as it is" in labels
+    assert [axes.get_title(loc="left") for axes in panels] == list("abcd")
+    labels, factors = ([text.get_text() for text in panel.get_legend().get_texts()] for panel in panels[:2])
+    alone = {"Δ as it is", "mean", "position-mean", "token-mean", "resample", "all-mean (Δ, B, C)", "least squares"}
+    assert set(factors) == {"Δ as it is", "Δ ×0.5", "Δ ×2", "least squares"}
+    assert alone <= set(labels) and not any("×" in label for label in labels)
+    for kind, (share, low, high) in zip(loaded.arrays["tap_share_kinds"], loaded.arrays["tap_share"], strict=True):
+        assert any(label.startswith(f"freeze:{kind} (") and label.endswith("of taps left)") for label in labels)
+        assert (0 < low).all() and (low <= share).all() and (share <= high).all() and (high < 1).all()
     assert figure.get_suptitle()
     np.testing.assert_allclose(loaded.arrays["shares"][0].sum(), 1.0)
 

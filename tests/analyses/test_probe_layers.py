@@ -64,6 +64,8 @@ def test_the_table_has_every_part_with_interval_and_n(result: Result) -> None:
     families = set(table[table.part == "match"].what)
     assert {"GD", "GD++", "Newton", "online GD", "ridge", "least squares", "k-NN", "averaging", "zero"} <= families
     assert {"8", "17"} <= set(table[table.part == "map"].k)
+    late = table[(table.part == "match") & (table.k != "")]
+    assert set(late.k) == {"3", "6", "8"} and set(late.block) == {BLOCKS} and set(late.what) < families
     assert result.ok, [check for check in result.checks if not check.ok]
     assert len(result.checks) >= 8 and result.provenance["notes"] == []
 
@@ -74,13 +76,30 @@ def test_the_figure_is_redrawn_from_disk_with_its_controls(result: Result, tmp_p
     assert saved.folder is not None
     figure = probe_layers.plot(Result.load(saved.folder))
     panels = [axes for axes in figure.axes if axes.get_title(loc="left")]
-    assert [axes.get_title(loc="left") for axes in panels] == list("abcdefg")
+    assert [axes.get_title(loc="left") for axes in panels] == list("abcdefgh")
     labels = [text.get_text() for text in panels[0].get_legend().get_texts()]
     for control in ("untrained weights", "labels of another w", "knows nothing (formula)"):
         assert control in labels
-    in_probes = [text.get_text() for text in panels[4].get_legend().get_texts()]
+    in_probes = [text.get_text() for text in panels[5].get_legend().get_texts()]
     assert {"w, shuffled", "w, untrained", "w, from running sums"} <= set(in_probes)
     assert figure.get_suptitle().startswith(str(result.config["model"]))
+
+
+@pytest.mark.end_to_end
+@pytest.mark.parametrize(
+    ("given", "targets", "notes"),
+    [({"k": 0}, {"w", "y"}, []), ({"task_config": ("n_pairs=1",)}, {"w", "y"}, ["have no context"])],
+)
+def test_without_examples_there_is_no_sum_to_probe(
+    config: probe_layers.Config, given: dict[str, Any], targets: set[str], notes: list[str]
+) -> None:
+    found = probe_layers.run(dataclasses.replace(config, prompts=32, queries=4, m=6, **given))
+    probed = found.table[(found.table.part == "probe") & found.table.what.str.startswith("residual")]
+    assert set(probed.k) == {"0"} and set(probed.what) == {f"residual → {target}" for target in targets}
+    assert len(found.provenance["notes"]) == len(notes)
+    assert all(note in said for note, said in zip(notes, found.provenance["notes"], strict=True))
+    assert found.ok, [check for check in found.checks if not check.ok]
+    assert probe_layers.plot(found).get_suptitle()
 
 
 @pytest.mark.planted

@@ -15,6 +15,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "mamba": ("mamba", {"n_layers": 2, "d_state": 4, "d_out": 2}),
     "lti": ("mamba", {"n_layers": 2, "d_state": 4, "d_out": 2, "selective": False}),
     "s4d": ("s4d", {"n_layers": 2, "d_state": 3, "d_out": 2}),
+    "s4": ("s4", {"n_layers": 2, "d_state": 3, "d_out": 2}),
     "linear": ("linear_attention", {"n_layers": 2, "n_heads": 2, "d_mlp": 6, "d_out": 2}),
     "theory": ("theory", {}),
 }
@@ -70,6 +71,11 @@ EDITS: dict[str, Callable[[], Any]] = {
 }
 """Every one on a Mamba of ``VARIANTS``; those whose sites S4D has too are in ``S4D_EDITS``."""
 S4D_EDITS = [name for name in EDITS if name not in ("Δ mean",)]
+TRANSITION_EDITS: dict[str, Callable[[], Any]] = {
+    **{name: EDITS[name] for name in S4D_EDITS if name != "decay zero"},
+    "transition zero": lambda: {MIXER + "hook_transition": hooks.zero(pos=6)},
+}
+"""Those of S4."""
 
 VALUE, MARK, DECOY, ONE = range(4)
 LENGTH, MARKED, DECOYED = 9, 3, 6

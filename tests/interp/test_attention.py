@@ -24,6 +24,7 @@ from tests.interp.recurrences import (
     MARKED,
     MIXER,
     S4D_EDITS,
+    TRANSITION_EDITS,
     VALUE,
     VARIANTS,
     build,
@@ -33,7 +34,7 @@ from tests.interp.recurrences import (
 )
 
 PARTS = ["scan", "taps", "gate", ("taps", "gate")]
-WHERE = [*(("mamba", inside) for inside in PARTS), ("lti", ("taps", "gate")), ("s4d", "scan"), ("linear", "scan")]
+WHERE = [*(("mamba", inside) for inside in PARTS), ("lti", ("taps", "gate")), ("s4d", "scan"), ("s4", "scan"), ("linear", "scan")]
 
 
 def recorded(model: Any, x: Tensor, layer: int = 1, edits: Any = None, **options: Any) -> dict[str, Tensor]:
@@ -52,6 +53,8 @@ def by_definition(model: Any, variant: str, x: Tensor) -> Tensor:
     """M[b, c, t, s] = Σ_n C_t ∏_{s<k≤t} decay_k B̄_s, product by product, from the equations of each model."""
     layer = LAYER.get(variant, 1)
     seen, mixer = recorded(model, x, layer), model.blocks[layer].mixer
+    if variant == "s4":
+        return by_powers(mixer, *x.shape[:2])
     decay = numbers(seen["hook_decay"], 2 if variant == "s4d" else 1)
     batch, length, width, _ = decay.shape
     if variant == "s4d":
@@ -71,6 +74,23 @@ def by_definition(model: Any, variant: str, x: Tensor) -> Tensor:
             product = decay[:, s + 1 : t + 1].prod(1)
             values[:, :, t, s] = (C[:, t] * product * gain[:, s]).sum(-1).real
     return values.detach()
+
+
+def by_powers(mixer: Any, batch: int, length: int) -> Tensor:
+    """S4's C Āᵗ⁻ˢ B̄ with dense matrices over every state and its conjugate, by the bilinear rule."""
+    P, B, C = (torch.view_as_complex(part.detach()) for part in (mixer.A_low_rank, mixer.B, mixer.C))
+    P, B, C = (torch.cat([part, part.conj()], dim=-1) for part in (P, B, C))
+    diagonal = torch.complex(-mixer.log_A_real.exp(), mixer.A_imag).detach()
+    A = torch.diag_embed(torch.cat([diagonal, diagonal.conj()], dim=-1)) - P[:, :, None] * P.conj()[:, None]
+    half = mixer.log_dt.detach().exp()[:, None, None] / 2 * A
+    one = torch.eye(A.shape[-1], dtype=A.dtype)
+    step = torch.linalg.solve(one - half, one + half)
+    held = torch.linalg.solve(one - half, mixer.log_dt.detach().exp()[:, None] * B)
+    values = torch.zeros(len(C), length, length, dtype=torch.float64)
+    for lag in range(length):
+        values.diagonal(-lag, 1, 2).copy_((C * held).sum(-1).real[:, None])
+        held = (step @ held[..., None])[..., 0]
+    return values.expand(batch, -1, -1, -1)
 
 
 @pytest.mark.definition
@@ -181,6 +201,12 @@ def test_edits_are_in_it_also_where_states_are_complex(name: str) -> None:
     _check_edit(build("s4d"), prompts(), EDITS[name], "scan")
 
 
+@pytest.mark.edit
+@pytest.mark.parametrize("name", TRANSITION_EDITS)
+def test_edits_are_in_it_also_where_states_are_mixed(name: str) -> None:
+    _check_edit(build("s4"), prompts(), TRANSITION_EDITS[name], "scan")
+
+
 def _check_edit(model: Any, x: Tensor, edits: Any, inside: Any) -> None:
     clean, seen = matrix(model, x, 1, inside=inside), recorded(model, x, 1, edits())
     for picks in ({}, {"queries": [10]}):
@@ -197,7 +223,7 @@ def _check_edit(model: Any, x: Tensor, edits: Any, inside: Any) -> None:
 
 
 @pytest.mark.edit
-@pytest.mark.parametrize("variant", ["mamba", "s4d"])
+@pytest.mark.parametrize("variant", ["mamba", "s4d", "s4"])
 def test_where_the_state_is_set_nothing_from_before_arrives(variant: str) -> None:
     model, x = build(variant), prompts()
     found = matrix(model, x, 1, edits=hooks.do_state(1, 4, 0.7))
@@ -224,7 +250,7 @@ def test_a_token_without_a_step_neither_writes_nor_forgets() -> None:
 
 
 @pytest.mark.law
-@pytest.mark.parametrize("variant", ["mamba", "lti", "s4d", "linear"])
+@pytest.mark.parametrize("variant", ["mamba", "lti", "s4d", "s4", "linear"])
 def test_taking_out_a_write_subtracts_its_column(variant: str) -> None:
     model, x = build(variant), prompts()
     found = matrix(model, x, 1)
@@ -338,8 +364,6 @@ def test_a_model_without_the_sites_is_told_which() -> None:
     transformer = models.build("transformer", d_model=8, n_layers=2, n_heads=2, d_in=5, n_ctx=16).double()
     with pytest.raises(BadArgument, match=r"layer 1 of this transformer has no hook_x, hook_decay.*no recurrence"):
         matrix(transformer, x, 1)
-    with pytest.raises(BadArgument, match=r"s4 has no hook_decay, .*hook_transition is no elementwise decay"):
-        contributions(models.build("s4", d_model=8, n_layers=2, d_in=5).double(), x, 1, weights=torch.ones(8))
     s4d = build("s4d")
     with pytest.raises(BadArgument, match="s4d has no hook_gate"):
         matrix(s4d, x, 1, inside="gate")

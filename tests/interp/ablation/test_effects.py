@@ -132,10 +132,10 @@ def test_tap_share_of_planted_taps() -> None:
         model.blocks[0].mixer.conv1d.weight.zero_()[:, 0, 2] = 1.0
     batch = evaluate.prompts(task, 5, 0, "ablate")
     runs = Ablation(model, task, batch, Reference(model, batch, task.kinds))
-    assert ablation_controls.tap_share(runs, "y")[0] == pytest.approx(1.0)
+    assert ablation_controls.tap_share(runs, "y").mean[0] == pytest.approx(1.0)
     with torch.no_grad():
         model.blocks[0].mixer.conv1d.weight.zero_()[:, 0, 1] = 1.0
-    assert ablation_controls.tap_share(runs, "y")[0] == pytest.approx(0.0)
+    assert ablation_controls.tap_share(runs, "y").mean[0] == pytest.approx(0.0)
 
 
 @pytest.mark.statistics
