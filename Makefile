@@ -36,7 +36,7 @@ demo: $(VENV)/.installed
 	echo "figure: $$figure"
 
 test: $(VENV)/.installed-test
-	$(PYTEST) -n 2 $(PYTEST_ARGS)
+	$(PYTEST) -n 2 --dist loadfile $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.installed-slow
 	$(PYTEST) -m "slow and not benchmark" $(PYTEST_ARGS)
@@ -48,7 +48,7 @@ check: $(VENV)/.installed-test
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
 	$(PY) -m mypy
-	$(PYTEST) -n 2 $(PYTEST_ARGS)
+	$(PYTEST) -n 2 --dist loadfile $(PYTEST_ARGS)
 
 format: $(VENV)/.installed-test
 	$(PY) -m ruff check --fix .
