@@ -409,30 +409,32 @@ def plot(result: Result) -> Figure:
 
 
 def _left_in_taps(mode: str, arrays: Mapping[str, Any]) -> str:
-    """For a frozen kind of token: how much of the others' convolution output it still makes up, over the layers."""
+    """For a frozen kind of token: its share in the others' convolution output, over the layers."""
     kinds = [str(kind) for kind in arrays.get("tap_share_kinds", ())]
     kind = mode.removeprefix("freeze:")
     if kind == mode or kind not in kinds:
         return ""
     share = 100 * arrays["tap_share"][kinds.index(kind), 0]
-    return f" ({share.min():.0f}–{share.max():.0f} % of taps left)"
+    return f" ({share.min():.0f}–{share.max():.0f} % left in taps)"
 
 
 def _title(result: Result, named: Mapping[str, Any]) -> str:
     """The sentence that the figure supports, made from its numbers."""
-    config, k = result.config, int(result.arrays["map_k"])
-    model = config["model"]
+    from interp.plot import called
+
+    model, k = result.config["model"], int(result.arrays["map_k"])
+    name = called(model)
     clean = named[f"{model}||clean"][:, k]
     key = next((key for key in (f"{model}|delta|mean", f"{model}|delta|position-mean") if key in named), None)
     if key is None:
-        return f"{model}: error {clean[0]:.3g} after {k} examples"
+        return f"{name}: error {clean[0]:.3g} after {k} examples"
     fixed = named[key][:, k]
     what = "one fixed step per channel" if key.endswith("|mean") else "a step that ignores content"
     verdict = "costs" if fixed[1] > clean[2] else "does not clearly change"
     if verdict != "costs":
-        return f"{model}: {what} in place of Δ does not clearly change the error after {k} examples"
+        return f"{name}: {what} in place of Δ does not clearly change the error after {k} examples"
     return (
-        f"{model}: {what} in place of Δ takes the error after {k} examples from {clean[0]:.2g} "
+        f"{name}: {what} in place of Δ takes the error after {k} examples from {clean[0]:.2g} "
         f"[{clean[1]:.2g}, {clean[2]:.2g}] to {fixed[0]:.2g} [{fixed[1]:.2g}, {fixed[2]:.2g}]"
     )
 

@@ -404,13 +404,15 @@ def _line(who: str, how: str) -> str:
 
 def _title(result: Result) -> str:
     """The sentences that the figure supports, made from its numbers."""
+    from interp.plot import called
+
     arrays = result.arrays
     target, degree = str(arrays["target"]), int(arrays["order"])
     error = {
         (str(w), str(h)): arrays["error"][i][:, -1]
         for i, (w, h) in enumerate(zip(arrays["who"], arrays["how"], strict=True))
     }
-    name = Path(result.config["model"]).name.removesuffix(".safetensors")
+    name = called(result.config["model"])
     kernel = min((error[f"kernel ridge, {kind}", "rival"] for kind in ("RBF", "polynomial")), key=lambda ends: ends[0])
     told = error["kernel ridge, told the subspace", "rival"]
     read, fresh, layer = arrays["read_trained"][:, -1], arrays["read_untrained"][0, -1], int(arrays["layers"][-1])

@@ -391,6 +391,8 @@ def _title(result: Result) -> str:
     """The sentence that the figure supports, made from its numbers."""
     import numpy as np
 
+    from interp.plot import called
+
     arrays, config = result.arrays, result.config
     fitted, share, words = arrays["lens_fitted"], arrays["share"], str(arrays["profile_words"][0])
     (before, *between), (after, *end) = fitted[:, 0], fitted[:, -1]
@@ -404,7 +406,7 @@ def _title(result: Result) -> str:
     }.get(words, "too few blocks to call it even or stepwise")
     largest = int(np.argmax(share[0]))
     text = (
-        f"{config['model']}, {config['k']} examples: over {blocks} blocks the error goes from {before:.2g} "
+        f"{called(config['model'])}, {config['k']} examples: over {blocks} blocks the error goes from {before:.2g} "
         f"[{between[0]:.2g}, {between[1]:.2g}] to {after:.2g} [{end[0]:.2g}, {end[1]:.2g}], {way}"
     )
     if words not in ("flat", "rising"):

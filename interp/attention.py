@@ -3,8 +3,8 @@
     M[t, s] = Σ_n C_t[n] ∏_{s<k≤t} decay_k[n] B̄_s[n]
 
 of any layer with a recurrence (Mamba and its time-invariant twin, S4D with its complex states, S4, whose decays are
-matrices, linear attention …), from the decays that the run itself used, edits included. M says what the scan does with x while Δ, B and
-C are held: that they depend on x as well is not in it. What is in it is chosen:
+matrices, linear attention …), from the decays that the run itself used, edits included. M says what the scan does with
+x while Δ, B and C are held: that they depend on x as well is not in it. What is in it is chosen:
 
     "scan"  from ``hook_x`` to ``hook_y``
     "taps"  from ``hook_x_in``, in front of the convolution: token i − 1 gets its share of x_i (``interp/inside.py``)

@@ -7,6 +7,7 @@ figure its n and its baseline. This is the one place that imports matplotlib and
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import PurePath
 from typing import Any
 
 import matplotlib
@@ -406,6 +407,11 @@ def learning(axes: Axes, lines: Sequence[Any], order: Mapping[str, Sequence[str]
 def count(axes: Axes, text: str) -> None:
     """What a panel shows and on how many prompts, beside its letter."""
     axes.set_title(text, loc="center", fontsize=8.5)
+
+
+def called(model: str) -> str:
+    """A model's name in a figure: the bundled name, or the last part of the path that was given."""
+    return PurePath(model).name.removesuffix(".safetensors")
 
 
 def beside(figure: Figure, panels: Sequence[Axes]) -> None:

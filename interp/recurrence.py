@@ -12,9 +12,9 @@ positions. Both only multiply decays: no logarithm and no division, so a decay o
 complex decays (pairs of reals in the sites of S4D) are as good as real ones. Where ``hook_transition`` takes the place
 of ``hook_decay`` (S4), decay_t h is a ⊙ h + u ⟨q, h⟩, and its adjoint a ⊙ λ + q̄ Re(Σ u λ); that has no tree.
 
-What a mixer must have: ``hook_x``, ``hook_decay`` or ``hook_transition``, ``hook_write``, ``hook_y`` and, for the states (batch, pos, d_inner,
-n) as ``hook_state`` shows them, a method ``read(states, C)`` that gives y, linear in the states; ``C`` is what
-``hook_C`` held, and is left out where there is no such site because C is a weight.
+What a mixer must have: ``hook_x``, ``hook_decay`` or ``hook_transition``, ``hook_write``, ``hook_y`` and, for the
+states (batch, pos, d_inner, n) as ``hook_state`` shows them, a method ``read(states, C)`` that gives y, linear in the
+states; ``C`` is what ``hook_C`` held, and is left out where there is no such site because C is a weight.
 """
 
 from __future__ import annotations
@@ -306,8 +306,7 @@ def mixer_of(model: Any, layer: int, kinds: Sequence[str]) -> tuple[str, Any]:
         what = f"has {', '.join(have)}" if have else "has no recurrence"
         name = getattr(model, "architecture", type(model).__name__)
         raise BadArgument(
-            f"layer {layer} of this {name} has no {', '.join(missing)}, of which this attention is made: "
-            f"it {what}"
+            f"layer {layer} of this {name} has no {', '.join(missing)}, of which this attention is made: it {what}"
         )
     return prefix, mixer
 

@@ -52,26 +52,29 @@ def freeze_and_cut_taps(runs: Ablation, kind: str) -> dict[str, Any]:
 
 
 def tap_share(runs: Ablation, kind: str) -> Interval:
-    """For each layer (layers,): the part of the other tokens' convolution output that comes from tokens of ``kind``.
+    """For each layer (layers,): the share of tokens of ``kind`` in the convolution's output at the other tokens.
 
-    ‖Σ taps that reach such a token‖² over ‖Σ all taps‖² (without the bias), summed over the other tokens, the
-    channels and the evaluated prompts; the interval is over prompts.
+    With p = Σ taps that reach such a token and r = Σ the other taps (without the bias): ‖p‖² ÷ (‖p‖² + ‖r‖²), each
+    summed over the other tokens, the channels and the evaluated prompts; between 0 and 1, though p and r may cancel.
+    The interval is over prompts.
     """
     at = runs.reference.of_kind(kind)
     tokens = runs.batch.tokens.to(next(runs.model.parameters()))
     record = hooks.record(runs.model, tokens, "*.hook_x_in")
-    parts, wholes = [], []
+    parts, both = [], []
     for layer, block in enumerate(runs.model.blocks):
         x_in, weight = record[f"blocks.{layer}.mixer.hook_x_in"], block.mixer.conv1d.weight.detach()
         length = x_in.shape[1]
         others = torch.ones(length, dtype=torch.bool, device=x_in.device)
         others[at] = False
-        for found, mask in (
-            (parts, _reached(at, length, own=False)),
-            (wholes, _reached(torch.arange(length), length, own=True)),
-        ):
-            found.append(through_taps(x_in, weight, mask.to(x_in.device))[:, others].square().sum((1, 2)))
-    return ratio(*(torch.stack(found, dim=1).double().cpu().numpy() for found in (parts, wholes)))
+        mask = _reached(at, length, own=False)
+        rest = _reached(torch.arange(length), length, own=True) & ~mask
+        part, other = (
+            through_taps(x_in, weight, pairs.to(x_in.device))[:, others].square().sum((1, 2)) for pairs in (mask, rest)
+        )
+        parts.append(part)
+        both.append(part + other)
+    return ratio(*(torch.stack(found, dim=1).double().cpu().numpy() for found in (parts, both)))
 
 
 def _reached(at: Tensor, length: int, *, own: bool) -> Bool[Tensor, "1 source target"]:

@@ -40,11 +40,11 @@ def figure(result: Result) -> Figure:
         if why:
             panel.text(0.5, 0.5, _wrapped(why), ha="center", va="center", transform=panel.transAxes, fontsize=8)
             panel.set_axis_off()
-    config = result.config
+    config, name = result.config, draw.called(result.config["model"])
     whole.suptitle(_title(result), fontsize=11)
     whole.supxlabel(
         f"n = {config['prompts']} prompts; intervals: 95 %, Wilson for rates of errors, else bootstrap over prompts. "
-        f"b: α = {config['alpha']:g}. c to f: {config['model']}, α = {config['alpha']:g}, {_rule(result)}; "
+        f"b: α = {config['alpha']:g}. c to f: {name}, α = {config['alpha']:g}, {_rule(result)}; "
         f"c to e: layer {_layer(result)}. Hand-set models are references, not trained",
         fontsize=7.5,
         color="0.35",
@@ -204,7 +204,7 @@ def _title(result: Result) -> str:
         held = own[(own.low <= TOLERATED).cumprod().astype(bool)]
         worst = held.iloc[-1] if len(held) else own.iloc[0]
         parts.append(
-            f"{name}: error {worst.value:.2f} [{worst.low:.2f}, {worst.high:.2f}] with {worst.alpha:.0%} "
+            f"{draw.called(name)}: error {worst.value:.2f} [{worst.low:.2f}, {worst.high:.2f}] with {worst.alpha:.0%} "
             f"of the context contaminated{_beside(curve, worst.alpha)}"
         )
     use = table[(table.part == "use") & (table.model == name) & (table.quantity == "recovery")]
@@ -217,7 +217,7 @@ def _title(result: Result) -> str:
         parts.append(
             f"outliers put at their clean twins' values recover this share of the twins' effect: {', '.join(shown)}"
         )
-    return ";\n".join(parts) or name
+    return ";\n".join(parts) or draw.called(name)
 
 
 def _beside(curve: Any, alpha: float) -> str:

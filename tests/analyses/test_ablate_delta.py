@@ -90,8 +90,8 @@ def test_the_figure_is_redrawn_from_disk_without_the_model(result: Result, tmp_p
     assert set(factors) == {"Δ as it is", "Δ ×0.5", "Δ ×2", "least squares"}
     assert alone <= set(labels) and not any("×" in label for label in labels)
     for kind, (share, low, high) in zip(loaded.arrays["tap_share_kinds"], loaded.arrays["tap_share"], strict=True):
-        assert any(label.startswith(f"freeze:{kind} (") and label.endswith("of taps left)") for label in labels)
-        assert (0 < low).all() and (low <= share).all() and (share <= high).all() and (high < 1).all()
+        assert any(label.startswith(f"freeze:{kind} (") and label.endswith("left in taps)") for label in labels)
+        assert (low > 0).all() and (low <= share).all() and (share <= high).all() and (high < 1).all()
     assert figure.get_suptitle()
     np.testing.assert_allclose(loaded.arrays["shares"][0].sum(), 1.0)
 

@@ -34,7 +34,13 @@ from tests.interp.recurrences import (
 )
 
 PARTS = ["scan", "taps", "gate", ("taps", "gate")]
-WHERE = [*(("mamba", inside) for inside in PARTS), ("lti", ("taps", "gate")), ("s4d", "scan"), ("s4", "scan"), ("linear", "scan")]
+WHERE = [
+    *(("mamba", inside) for inside in PARTS),
+    ("lti", ("taps", "gate")),
+    ("s4d", "scan"),
+    ("s4", "scan"),
+    ("linear", "scan"),
+]
 
 
 def recorded(model: Any, x: Tensor, layer: int = 1, edits: Any = None, **options: Any) -> dict[str, Tensor]:

@@ -136,6 +136,13 @@ def test_tap_share_of_planted_taps() -> None:
     with torch.no_grad():
         model.blocks[0].mixer.conv1d.weight.zero_()[:, 0, 1] = 1.0
     assert ablation_controls.tap_share(runs, "y").mean[0] == pytest.approx(0.0)
+    found = []
+    for sign in (1.0, -1.0):  # taps that cancel leave as much in them as taps that add up
+        with torch.no_grad():
+            weight = model.blocks[0].mixer.conv1d.weight.zero_()
+            weight[:, 0, 2], weight[:, 0, 3] = 1.0, sign
+        found.append(float(ablation_controls.tap_share(runs, "y").mean[0]))
+    assert 0 < found[0] < 1 and found[0] == pytest.approx(found[1])
 
 
 @pytest.mark.statistics
