@@ -109,7 +109,8 @@ def run(config: Config) -> Result:
     batch = evaluate.prompts(task, count, config.seed, "ablate")
     others = evaluate.prompts(task, other_count, config.seed, "reference")
     subject = _subject(name, model, task, batch, others)
-    cells = cells_of(model, task, config.scales, config.modes, config.layers)
+    kinds = subject.runs.reference.present
+    cells = cells_of(model, kinds, config.scales, config.modes, config.layers)
     rivals = _rivals(subject, batch, others, config)
     with progress(len(cells) + 16, "ablate_delta") as tick:
         found = subject.runs.sweep(cells, tick)
@@ -117,6 +118,7 @@ def run(config: Config) -> Result:
         beside = {rival.name: _beside(rival, tick) for rival in rivals}
     # log Δ of the reference prompts: layer prompt position channel.
     parts = shares(subject.runs.reference.record.stack("*.hook_delta").log().cpu(), others.kinds, seed=config.seed)
+    taps = _tap_shares(subject)
     rows = _rows(subject, found, controls, rivals, beside)
     mapped = _map(subject, found, min(2 * task.d, task.n_pairs - 1))
     asked = {key: value for key, value in asdict(config).items() if key not in ("out", "json")}
@@ -129,12 +131,13 @@ def run(config: Config) -> Result:
             **rows.arrays(),
             **mapped,
             **_shares(parts),
-            **_tap_shares(subject),
+            **taps,
         },
         checks=_checks(subject, controls, rivals, beside, parts, config.seed),
         provenance={
             **provenance.provenance(seed=config.seed, device=config.device, seconds=seconds),
             "weights": {each.name: models.digest(each.model) for each in [subject, *rivals]},
+            "notes": _notes(subject, taps),
         },
     )
 
@@ -200,7 +203,8 @@ def _controls(subject: Subject, config: Config, tick: Any) -> dict[str, Tensor]:
     runs = subject.runs
     changes: dict[str, Any] = {"identity": make.identity(subject.model)}
     if make.has_taps(subject.model):
-        changes |= {f"freeze:{kind}, taps cut": make.freeze_and_cut_taps(runs, kind) for kind in subject.task.kinds}
+        kinds = runs.reference.present
+        changes |= {f"freeze:{kind}, taps cut": make.freeze_and_cut_taps(runs, kind) for kind in kinds}
     changes["noise like content"] = make.noise(runs, config.seed)
     for which, edits in make.channel_sets(runs, config.channel_share, config.seed).items():
         changes[f"mean of channels: {which}"] = edits
@@ -217,13 +221,31 @@ def _tap_shares(subject: Subject) -> dict[str, Any]:
 
     from interp.ablation.controls import has_taps, tap_share
 
-    if not has_taps(subject.model):
+    kinds = subject.runs.reference.present
+    if not has_taps(subject.model) or len(kinds) < 2:
         return {}
-    found = [tap_share(subject.runs, kind) for kind in subject.task.kinds]
+    found = [tap_share(subject.runs, kind) for kind in kinds]
     return {
-        "tap_share_kinds": np.array(subject.task.kinds),
+        "tap_share_kinds": np.array(kinds),
         "tap_share": np.stack([np.stack([each.mean, each.low, each.high]) for each in found]),
     }
+
+
+def _notes(subject: Subject, taps: Mapping[str, Any]) -> list[str]:
+    """What the model lacks, and how much of the frozen tokens the others still hold."""
+    from interp.ablation.effects import lacking
+
+    notes = [f"{subject.name} has {line}" for line in lacking(subject.model)]
+    for kind, ends in zip(taps.get("tap_share_kinds", ()), taps.get("tap_share", ()), strict=True):
+        share, low, high = ends
+        least, most = (
+            f"{share[i]:.2f} [{low[i]:.2f}, {high[i]:.2f}] (layer {i})" for i in (share.argmin(), share.argmax())
+        )
+        notes.append(
+            f"freeze:{kind} leaves its tokens in the other tokens' convolution taps: a share of {least} to {most}, "
+            f"n = {len(subject.runs.batch)}"
+        )
+    return notes
 
 
 def _rows(

@@ -43,11 +43,19 @@ class StateEdit:
     def fold(self, decay: Tensor, write: Tensor) -> tuple[Tensor, Tensor]:
         """(m · decay, m · write + c) at the edited positions and channels; the tensors given are not written to."""
         self.fired()
-        if isinstance(self.edit, Freeze):
-            return self._on(decay, self._one), self._on(write, torch.zeros_like)
-        assert self.edit.affine is not None
-        m, c = self.edit.affine(self.site, tuple(write.shape))
-        return self._on(decay, lambda d: affine_map(d, m, 0.0)), self._on(write, lambda w: affine_map(w, m, c))
+        return self.kept(decay), self._affine(write, torch.zeros_like, added=True)
+
+    def kept(self, decay: Tensor) -> Tensor:
+        """m · decay, or 1 where the edit freezes; like ``factor`` and ``offset`` it does not count as firing."""
+        return self._affine(decay, self._one, added=False)
+
+    def factor(self, values: Tensor) -> Tensor:
+        """m · values, or 0 where the edit freezes: what it leaves of something that is put into the state."""
+        return self._affine(values, torch.zeros_like, added=False)
+
+    def offset(self, like: Tensor) -> Tensor:
+        """c, in zeros of the shape of ``like``; 0 where the edit freezes."""
+        return self._affine(torch.zeros_like(like), torch.zeros_like, added=True)
 
     def positions(self, length: int) -> list[int]:
         """The positions at which h is edited in a run over ``length`` tokens."""
@@ -72,6 +80,13 @@ class StateEdit:
         operands = edit.affine(self.site, (state.shape[0], length, *state.shape[1:]))
         m, c = (_at(value, at.index(t), len(at)) for value in operands)
         return lambda region, whole, site: affine_map(region, m, c)
+
+    def _affine(self, values: Tensor, frozen: Callable[[Tensor], Tensor], *, added: bool) -> Tensor:
+        if isinstance(self.edit, Freeze):
+            return self._on(values, frozen)
+        assert self.edit.affine is not None
+        m, c = self.edit.affine(self.site, tuple(values.shape))
+        return self._on(values, lambda v: affine_map(v, m, c if added else 0.0))
 
     def _on(self, tensor: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
         edit = self.edit

@@ -32,7 +32,6 @@ import hooks
 from hooks.edit import Edit, Index
 from hooks.errors import BadArgument
 from hooks.point import state_edits, watched
-from hooks.propagate import StateEdit
 
 Inner = Float[Tensor, "batch pos d_inner"]
 States = Float[Tensor, "batch pos d_inner n"]
@@ -255,12 +254,14 @@ def observe(
     if states and added is None:
         added = torch.zeros_like(write)
     for edit in states:
-        offset = edit.fold(write, torch.zeros_like(write))[1]
-        write = edit.fold(write, write)[1] - offset
-        each = None if each is None else edit.fold(each, each)[1] - offset
         assert added is not None
-        added = edit.fold(added, added)[1]
-        decay = _folded(edit, decay, offset) if decay.ndim > write.ndim else edit.fold(decay, decay)[0]
+        write, added = edit.factor(write), edit.factor(added) + edit.offset(added)
+        each = None if each is None else edit.factor(each)
+        if decay.ndim == write.ndim:
+            decay = edit.kept(decay)
+        else:  # m ⊙ (a ⊙ h + u ⟨q, h⟩): the diagonal and the column are multiplied
+            diagonal, column, row = decay.unbind(-2)
+            decay = torch.stack([edit.kept(diagonal), edit.factor(column), row], dim=-2)
     return Recurrence(
         x=seen["hook_x"].to(write.dtype),
         decay=decay,
@@ -276,12 +277,6 @@ def observe(
         read=mixer.read,
         output=record.output,
     )
-
-
-def _folded(edit: StateEdit, factors: Tensor, offset: States) -> Tensor:
-    """m ⊙ (a ⊙ h + u ⟨q, h⟩) as factors: an edit multiplies the diagonal and the column."""
-    diagonal, column, row = factors.unbind(-2)
-    return torch.stack([edit.fold(diagonal, offset)[0], edit.fold(diagonal, column)[1] - offset, row], dim=-2)
 
 
 class _Written(Exception):

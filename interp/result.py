@@ -167,10 +167,11 @@ class Result:
         return strict_json(head, indent=2)
 
     def summary(self, rows: int = 24) -> str:
-        """The first ``rows`` rows of the table, the checks that do not hold, and the folder."""
+        """The first ``rows`` rows of the table, the provenance's notes, the checks that do not hold, and the folder."""
         lines = [self.table.head(rows).to_string(index=False, float_format=lambda v: f"{v:.4g}")]
         if len(self.table) > rows:
             lines.append(f"… {len(self.table) - rows} more rows in table.csv")
+        lines += [f"note: {note}" for note in self.provenance.get("notes", ())]
         failed = [check for check in self.checks if not check.ok]
         lines.append(f"checks: {len(self.checks) - len(failed)} of {len(self.checks)} hold")
         lines += [f"  does not hold: {c.name} ({c.value:.4g}, bound {c.bound:.4g})" for c in failed]

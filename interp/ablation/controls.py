@@ -14,7 +14,7 @@ from torch import Tensor
 import hooks
 from hooks.errors import BadArgument
 from interp import seeds
-from interp.ablation.effects import Ablation
+from interp.ablation.effects import Ablation, Cell, edits
 from interp.knockout import CutTaps, through_taps
 from interp.stats import Interval, ratio
 from interp.variance import content_variance
@@ -52,7 +52,8 @@ def freeze_and_cut_taps(runs: Ablation, kind: str) -> dict[str, Any]:
 
 
 def tap_share(runs: Ablation, kind: str) -> Interval:
-    """For each layer (layers,): the share of tokens of ``kind`` in the convolution's output at the other tokens.
+    """For each layer (layers,): the share of tokens of ``kind`` in the convolution's output at the other tokens, in the
+    run in which those of ``kind`` are frozen in every layer.
 
     With p = Σ taps that reach such a token and r = Σ the other taps (without the bias): ‖p‖² ÷ (‖p‖² + ‖r‖²), each
     summed over the other tokens, the channels and the evaluated prompts; between 0 and 1, though p and r may cancel.
@@ -60,7 +61,8 @@ def tap_share(runs: Ablation, kind: str) -> Interval:
     """
     at = runs.reference.of_kind(kind)
     tokens = runs.batch.tokens.to(next(runs.model.parameters()))
-    record = hooks.record(runs.model, tokens, "*.hook_x_in")
+    with hooks.edit(runs.model, edits(Cell(f"freeze:{kind}"), runs.model, runs.reference)):
+        record = hooks.record(runs.model, tokens, "*.hook_x_in")
     parts, both = [], []
     for layer, block in enumerate(runs.model.blocks):
         x_in, weight = record[f"blocks.{layer}.mixer.hook_x_in"], block.mixer.conv1d.weight.detach()

@@ -41,6 +41,7 @@ MEANS: dict[str, tuple[str, ...]] = {
     "position-mean": ("batch",),
     "token-mean": ("batch", "kind"),
 }
+NAMES = {"delta": "Δ", "B": "B", "C": "C", "gate": "the output gate", "delta,B,C": "Δ, B and C together"}
 ALL_MEAN = "all-mean"
 """The mode ``mean`` on Δ, B and C together: time invariance."""
 
@@ -66,22 +67,33 @@ def has(model: Any, signal: str) -> bool:
     return kinds.issuperset(SIGNALS[signal])
 
 
-def modes_of(task: Task, scales: Iterable[float]) -> list[str]:
-    """Every mode on Δ for this task's kinds of token and these factors; without all-mean."""
-    freeze = [f"freeze:{kind}" for kind in task.kinds]
+def lacking(model: Any) -> list[str]:
+    """What cannot be replaced in ``model`` and for want of which sites, one line each."""
+    kinds = {name.rsplit(".", 1)[-1] for name in model.hook_dict}
+    return [
+        f"no {', '.join(sorted(set(sites) - kinds))}: {NAMES[signal]} cannot be replaced"
+        for signal, sites in SIGNALS.items()
+        if not kinds.issuperset(sites)
+    ]
+
+
+def modes_of(kinds: Iterable[str], scales: Iterable[float]) -> list[str]:
+    """Every mode on Δ for these kinds of token and these factors; without all-mean."""
+    freeze = [f"freeze:{kind}" for kind in kinds]
     return [*MEANS, "resample", *freeze, *(f"scale×{factor:g}" for factor in scales)]
 
 
 def cells_of(
-    model: Any, task: Task, scales: Iterable[float], modes: Sequence[str] = (), layers: Sequence[int] = ()
+    model: Any, kinds: Iterable[str], scales: Iterable[float], modes: Sequence[str] = (), layers: Sequence[int] = ()
 ) -> list[Cell]:
     """The cells of a Δ ablation: each mode in all layers, in each of ``layers`` alone, and in all layers by role.
 
     Then the same modes on B, C and the output gate in all layers, and ``mean`` in each layer alone.
-    ``modes`` and ``layers`` pick from what there is; empty means all. Signals that the model lacks are left out.
-    Raises :class:`BadArgument` for a mode or a layer that there is not.
+    ``kinds`` are those of the prompts' tokens. ``modes`` and ``layers`` pick from what there is; empty means all.
+    Signals that the model lacks are left out (``lacking`` names them). Raises :class:`BadArgument` for a mode or a
+    layer that there is not, and where nothing is left.
     """
-    known = [*modes_of(task, scales), ALL_MEAN]
+    known = [*modes_of(kinds, scales), ALL_MEAN]
     for mode in modes:
         if mode not in known:
             raise BadArgument(unknown("mode", mode, known))
@@ -102,6 +114,8 @@ def cells_of(
         if has(model, signal):
             for mode in (m for m in chosen if m != ALL_MEAN):
                 cells += [Cell(mode, signal, "both", place) for place in (places if mode == "mean" else [None])]
+    if not cells:
+        raise BadArgument(f"nothing is left of the modes {', '.join(chosen)}: {'; '.join(lacking(model))}")
     return cells
 
 
@@ -123,6 +137,11 @@ class Reference:
     def mean(self, mode: str, site: str) -> Tensor:
         """The mean that replaces ``site``; both roles of Δ take the mean of Δ itself."""
         return self._means[mode][_whole(site)]
+
+    @property
+    def present(self) -> list[str]:
+        """The kinds of token that the prompts have, in the task's order."""
+        return [name for i, name in enumerate(self.kind_names) if bool((self.kinds == i).any())]
 
     def of_kind(self, kind: str) -> Tensor:
         """Positions of the tokens of one kind."""
@@ -171,11 +190,14 @@ def _replacement(mode: str, site: str, reference: Reference, seed: int) -> hooks
 class Ablation:
     """Runs edits on one model and one batch of prompts, all of whose examples are read out of one forward.
 
-    ``clean`` is the error of the unedited run, (n, n_pairs): squared, divided by the task's scale.
+    ``clean`` is the error of the unedited run, (n, n_pairs): squared, divided by the task's scale. At most ``chunk``
+    prompts are run at once.
     """
 
     def __init__(self, model: Any, task: Task, batch: Batch, reference: Reference, chunk: int = 128) -> None:
-        self.model, self.task, self.batch, self.reference, self.chunk = model, task, batch, reference, chunk
+        self.model, self.task, self.batch, self.reference = model, task, batch, reference
+        # Chunks as equal as can be: one prompt alone has no other whose value it could take.
+        self.chunk = chunk = -(-len(batch) // -(-len(batch) // chunk))
         self.clean = errors(model, task, batch=batch, batch_size=chunk)
         self._before = hooks.record(model, batch.tokens.to(next(model.parameters())), "blocks.*.hook_resid_pre")
 

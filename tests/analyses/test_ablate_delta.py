@@ -89,6 +89,8 @@ def test_the_figure_is_redrawn_from_disk_without_the_model(result: Result, tmp_p
     alone = {"Δ as it is", "mean", "position-mean", "token-mean", "resample", "all-mean (Δ, B, C)", "least squares"}
     assert set(factors) == {"Δ as it is", "Δ ×0.5", "Δ ×2", "least squares"}
     assert alone <= set(labels) and not any("×" in label for label in labels)
+    notes = loaded.provenance["notes"]
+    assert len(notes) == 2 and all("convolution taps: a share of 0." in n and "n = 24" in n for n in notes), notes
     for kind, (share, low, high) in zip(loaded.arrays["tap_share_kinds"], loaded.arrays["tap_share"], strict=True):
         assert any(label.startswith(f"freeze:{kind} (") and label.endswith("left in taps)") for label in labels)
         assert (low > 0).all() and (low <= share).all() and (share <= high).all() and (high < 1).all()
@@ -187,6 +189,24 @@ def test_the_identity_of_the_twin_is_bit_for_bit() -> None:
 def test_prompts_shorter_than_2d_are_run(config: ablate_delta.Config) -> None:
     short = ablate_delta.run(dataclasses.replace(config, task_config=("n_pairs=4",), modes=("mean",), layers=(0,)))
     assert int(short.arrays["k"][-1]) == 3
+    alone = ablate_delta.run(dataclasses.replace(config, task_config=("n_pairs=1",), layers=(0,)))
+    own = alone.table[alone.table.signal == "delta"]
+    assert {"freeze:x", "resample", "mean"} < set(own["mode"]) and "freeze:y" not in set(own["mode"])
+    assert alone.ok and ablate_delta.plot(alone).get_suptitle()
+
+
+def test_what_a_model_lacks_is_said(config: ablate_delta.Config, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    task = tasks.build("linreg", d=D, n_pairs=N_PAIRS)
+    path = tmp_path / "s4d.safetensors"
+    model = models.build("s4d", d_model=8, n_layers=2, d_state=4, d_in=D, d_out=1).eval()
+    measured = {f"k={k}": row for k, row in evaluate.summary(model, task, [2, 4, 8]).items()}
+    models.save(model, path, {"task": "linreg", "task_config": task.config, "measured": {"model": measured}})
+    found = ablate_delta.run(dataclasses.replace(config, model=str(path), modes=("mean", "all-mean"), layers=(0,)))
+    assert [note for note in found.provenance["notes"] if "no hook_gate: the output gate" in note]
+    assert "note: " in found.summary() and set(found.table.signal) == {"", "delta", "control"}
+    with pytest.raises(BadArgument, match="nothing is left of the modes all-mean: no hook_B"):
+        ablate_delta.run(dataclasses.replace(config, model=str(path), modes=("all-mean",)))
 
 
 def test_an_identity_that_changes_something_is_seen(

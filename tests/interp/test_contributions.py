@@ -23,6 +23,7 @@ from tests.interp.recurrences import (
     MARKED,
     MIXER,
     S4D_EDITS,
+    TRANSITION_EDITS,
     VALUE,
     VARIANTS,
     build,
@@ -117,24 +118,53 @@ def test_of_a_prediction_the_gate_changes_nothing_and_taps_move_shares(inside: A
 
 
 @pytest.mark.edit
-@pytest.mark.parametrize("variant", ["mamba", "s4d"])
-@pytest.mark.parametrize("name", EDITS)
-def test_edits_are_in_them(name: str, variant: str) -> None:
-    if variant == "s4d" and name not in S4D_EDITS:
-        variant = "lti"
-    model, x = build(variant), prompts()
+@pytest.mark.parametrize(
+    ("variant", "name"),
+    [
+        *(("mamba", name) for name in EDITS),
+        *(("s4d" if name in S4D_EDITS else "lti", name) for name in EDITS),
+        *(("s4", name) for name in TRANSITION_EDITS),
+    ],
+)
+def test_edits_are_in_them(variant: str, name: str) -> None:
+    model, x, make = build(variant), prompts(), {**EDITS, **TRANSITION_EDITS}[name]
     weights = weights_of(model, 1)
-    with hooks.edit(model, EDITS[name]()):
+    with hooks.edit(model, make()):
         seen = hooks.record(model, x, MIXER + "*")
     expected = (weights * (seen["*.hook_y"] + seen["*.hook_skip"])).sum((1, 2))
     for inside in parts_of(variant)[::3]:  # the scan, and with everything
         g = weights / seen["*.hook_gate"] if "gate" in inside else weights
-        found = contributions(model, x, 1, weights=g, inside=inside, edits=EDITS[name]())
+        found = contributions(model, x, 1, weights=g, inside=inside, edits=make())
         assert_close(whole(found), expected, rtol=1e-9, atol=1e-10 * float(expected.abs().max()))
         assert found.relative_error < 1e-10
-    first = contributions(model, x, 1, scalar=last, edits=EDITS[name]())
+    first = contributions(model, x, 1, scalar=last, edits=make())
     assert first.relative_error < 1e-10
     assert not left_on(model)
+
+
+@pytest.mark.edit
+@pytest.mark.parametrize("variant", ["mamba", "s4d", "s4", "linear"])
+def test_what_is_put_into_a_state_takes_no_digits_from_what_was_there(variant: str) -> None:
+    """An offset that is 10,000 times a write: in fp32 the parts still sum to the run as they do without it."""
+    model, x = build(variant, torch.float32), prompts(dtype=torch.float32)
+    edits = {MIXER + "hook_state": hooks.add(1e4, pos=3)}
+    weights = weights_of(model, 1, dtype=torch.float32)
+    found = contributions(model, x, 1, weights=weights, edits=edits)
+    clean = contributions(model, x, 1, weights=weights)
+    assert found.relative_error < 1e-5 and float(found.edited.abs().min()) > 100
+    assert_close(found.tokens[:, 4:], clean.tokens[:, 4:], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.edit
+@pytest.mark.parametrize("variant", ["mamba", "s4"])
+def test_looking_does_not_count_as_firing(variant: str) -> None:
+    model, x = build(variant), prompts()
+    with hooks.edit(model, {MIXER + "hook_state": hooks.add(0.3, pos=3)}) as made:
+        contributions(model, x, 1, weights=weights_of(model, 1))
+        once = dict(made.fired)
+    with hooks.edit(model, {MIXER + "hook_state": hooks.add(0.3, pos=3)}) as made:
+        model(x)
+    assert once == dict(made.fired)
 
 
 @pytest.mark.edit
@@ -148,7 +178,7 @@ def test_nothing_from_before_a_set_state_is_counted() -> None:
 
 
 @pytest.mark.law
-@pytest.mark.parametrize("variant", ["mamba", "s4d", "linear"])
+@pytest.mark.parametrize("variant", ["mamba", "s4d", "s4", "linear"])
 def test_a_state_from_before_contributes_what_its_tokens_did(variant: str) -> None:
     model, x, cut = build(variant), prompts(2, 12), 5
     weights = weights_of(model, 1, 2, 12)
@@ -166,7 +196,7 @@ def test_a_state_from_before_contributes_what_its_tokens_did(variant: str) -> No
 
 
 @pytest.mark.law
-@pytest.mark.parametrize("variant", ["mamba", "s4d", "linear"])
+@pytest.mark.parametrize("variant", ["mamba", "s4d", "s4", "linear"])
 def test_the_finite_effect_is_that_of_the_run_without_the_write(variant: str) -> None:
     model, x = build(variant), prompts()
     found = contributions(model, x, 1, scalar=last, finite=True).finite

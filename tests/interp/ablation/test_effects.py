@@ -173,14 +173,14 @@ def test_the_channel_with_planted_content_is_picked(runs: Ablation) -> None:
 
 @pytest.mark.contract
 def test_what_there_is_not_is_refused_in_one_line(runs: Ablation) -> None:
-    model, task = runs.model, runs.task
+    model, kinds = runs.model, runs.task.kinds
     for modes, layers, message in (
         (["meen"], [], 'no mode is called "meen"; did you mean "mean"'),
         (["freeze:z"], [], "freeze:"),
         ([], [3], "no layer 3: the model has layers 0 to 2"),
     ):
         with pytest.raises(BadArgument, match=message) as error:
-            ablation.cells_of(model, task, (2.0,), modes, layers)
+            ablation.cells_of(model, kinds, (2.0,), modes, layers)
         assert "\n" not in str(error.value)
     with pytest.raises(BadArgument, match="no role of B"):
         ablation.edits(Cell("mean", "B", "decay"), model, runs.reference)
@@ -188,9 +188,29 @@ def test_what_there_is_not_is_refused_in_one_line(runs: Ablation) -> None:
 
 @pytest.mark.contract
 def test_signals_that_a_model_lacks_are_left_out() -> None:
-    task = tasks.build("linreg", d=3, n_pairs=7)
+    kinds = ("x", "y")
     s4d = models.build("s4d", d_model=8, n_layers=2, d_state=4, d_in=3, d_out=1)
-    cells = ablation.cells_of(s4d, task, (2.0,))
+    cells = ablation.cells_of(s4d, kinds, (2.0,))
     assert {cell.signal for cell in cells} == {"delta"}
+    assert ablation.lacking(s4d) == [
+        "no hook_B: B cannot be replaced",
+        "no hook_C: C cannot be replaced",
+        "no hook_gate: the output gate cannot be replaced",
+        "no hook_B, hook_C: Δ, B and C together cannot be replaced",
+    ]
+    with pytest.raises(BadArgument, match="nothing is left of the modes all-mean: no hook_B"):
+        ablation.cells_of(s4d, kinds, (2.0,), ["all-mean"])
     mamba = models.build("mamba", d_model=8, n_layers=2, d_state=4, d_in=3, d_out=1)
-    assert {cell.signal for cell in ablation.cells_of(mamba, task, (2.0,))} == {"delta", "delta,B,C", "B", "C", "gate"}
+    assert {cell.signal for cell in ablation.cells_of(mamba, kinds, (2.0,))} == {"delta", "delta,B,C", "B", "C", "gate"}
+    assert ablation.lacking(mamba) == []
+
+
+@pytest.mark.contract
+def test_no_prompt_is_left_alone_in_its_chunk(runs: Ablation) -> None:
+    """Where the last chunk would hold one prompt, there would be no other one to take a value from."""
+    batch = runs.batch.take(slice(0, 9))
+    chunked = Ablation(runs.model, runs.task, batch, runs.reference, chunk=4)
+    assert chunked.run(Cell("resample")).shape == (9, 7)
+    whole = Ablation(runs.model, runs.task, batch, runs.reference)
+    for cell in (Cell("mean"), Cell("freeze:y", layer=1)):
+        torch.testing.assert_close(chunked.run(cell), whole.run(cell), rtol=1e-10, atol=1e-12)
