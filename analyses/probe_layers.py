@@ -8,7 +8,7 @@ Estimand   (1) the lens: each block's residual stream at the query through the m
            variables. (3) The distance of each block's prediction, in the labels' unit by one scale
            and shift for all prompts, to gradient descent after t steps, GD++, Newton, online
            descent, ridge, least squares, k-NN, averaging; the nearest, chosen on half of the
-           prompts and judged on the other half; for the last block by number of examples too.
+           prompts and judged on the other half; over all numbers of examples and after each.
            (4) Error after each block and each number k of examples, up to twice as many as in training
 Controls   the floor of the fit, by formula and of a feature drawn at random; the labels of another
            w; the same architecture with random weights in the lens and the probes; shuffled targets
@@ -44,6 +44,7 @@ NAMES = {
     "direction": "direction", "label": "label", "Xty_clean": "Xᵀy of clean ones", "n_clean": "number of clean ones",
 }  # fmt: skip
 """What the figure calls the targets of the probes."""
+NEAREST = ("best", "setting", "clear")
 FP32 = 1e-4
 """Largest difference between two fp32 paths of one function, relative to the largest value."""
 
@@ -107,12 +108,12 @@ def run(config: Config) -> Result:
         tick()
         found = matching.candidates(levels.within()) if subject.linear and levels.trained > 1 else None
         matches = layers.matches(levels, found, config.seed)
-        by_k = layers.match_by_k(levels, matches, found, config.seed)
+        ks = sorted({*subject.task.report_ks, levels.trained - 1})
+        by_k = layers.matches_by_k(levels, found, ks, config.seed)
         tick()
     asked = {key: value for key, value in asdict(config).items() if key not in ("out", "json")}
     resolved = {"model": subject.name, "prompts": prompts, "k": subject.k, "task_config": subject.task.config}
     rows = layer_rows.lens_rows(seen, m) + layer_rows.probe_rows(probes)
-    ks = sorted({*subject.task.report_ks, levels.trained - 1})
     rows += layer_rows.match_rows(matches, by_k, ks) + layer_rows.map_rows(levels, subject)
     checks = _checks(subject, seen, probes, levels, found, config)
     seconds = time.perf_counter() - began
@@ -173,6 +174,8 @@ def _subject(config: Config) -> Subject:
 
 def _notes(subject: Subject, probes: list[Probed], levels: Map) -> list[str]:
     """One line for each part that this model or task leaves out."""
+    from interp.layers import readings as layers
+
     notes = []
     if not any(one.features == "state" for one in probes):
         notes.append(f"{subject.name} has no recurrent state: probes read the residual stream only")
@@ -182,6 +185,8 @@ def _notes(subject: Subject, probes: list[Probed], levels: Map) -> list[str]:
         notes.append(f"{subject.task.name} has no w: no algorithm is matched")
     elif levels.trained < 2:
         notes.append("prompts of one pair have no context: no algorithm is matched")
+    if alike := sorted({one.target for one in probes} ^ set(layers.targets_of(subject.task)), reverse=True):
+        notes.append(f"after {subject.k} examples {', '.join(alike)} are the same for every prompt: not probed")
     if levels.raw.shape[-1] < 2 * subject.task.n_pairs:
         notes.append(f"{subject.name} reads at most {levels.raw.shape[-1]} pairs: the map ends there")
     return notes
@@ -360,7 +365,7 @@ def _draw_probes(axes: Any, arrays: Mapping[str, Any], features: str, draw: Any)
 
 
 def _draw_matches(axes: Any, by_k: Any, arrays: Mapping[str, Any], blocks: np.ndarray, draw: Any) -> None:
-    """Distances by block, with the nearest named, and of the last block by number of examples."""
+    """Distances by block, and of the last block by number of examples, with the nearest named."""
     import numpy as np
 
     if "match" not in arrays:
@@ -369,22 +374,18 @@ def _draw_matches(axes: Any, by_k: Any, arrays: Mapping[str, Any], blocks: np.nd
         axes.text(0.5, 0.5, "no algorithm is matched", ha="center", transform=axes.transAxes)
         return
     names = [str(name) for name in arrays["match_families"]]
-    for panel, x, key in ((axes, blocks, "match"), (by_k, arrays["k"][: arrays["match_by_k"].shape[-1]], "match_by_k")):
-        found = dict(zip(names, arrays[key], strict=True))
-        means = np.stack([ends[0] for ends in found.values()])
-        lowest = 0.5 * float(means[means > 0].min())
-        zero = found.pop("zero")[0] if panel is by_k else np.ones(len(blocks))
-        drawn = {name: tuple(np.minimum(ends, 3)) for name, ends in found.items() if name != "zero"}
+    for panel, x, key in ((axes, blocks, "match"), (by_k, 1 + np.arange(arrays["match_by_k"].shape[-1]), "match_by_k")):
+        drawn = {name: tuple(ends) for name, ends in zip(names, arrays[key], strict=True) if name != "zero"}
+        lowest = 0.5 * min(float(mean[mean > 0].min()) for mean, *_ in drawn.values())
         draw.curves(panel, x, drawn, floor=lowest)
-        draw.baseline(panel, x, zero, "zero", floor=lowest)
-    floor = axes.get_ylim()[0]
-    for block, (best, setting) in enumerate(zip(arrays["match_best"], arrays["match_setting"], strict=True)):
-        sure = "*" if arrays["match_clear"][block] else "(*)"
-        axes.text(block, floor / 2500, f"{sure} {best} {setting}", rotation=90, ha="center", va="bottom", fontsize=6)
-    axes.set_ylim(floor / 4000, 3.3)
+        draw.baseline(panel, x, np.ones(len(x)), "zero", floor=lowest)
+        for at, best, setting, clear in zip(x, *(arrays[f"{key}_{part}"] for part in NEAREST), strict=True):
+            sure = "*" if clear else "(*)"
+            place = {"rotation": 90, "ha": "center", "va": "bottom", "fontsize": 6}
+            panel.text(at, lowest / 2500, f"{sure} {best} {setting}", **place)
+        panel.set_ylim(lowest / 4000, 3.3)
     axes.set_ylabel("distance: Σ (ŷ − algorithm)² ÷ Σ ŷ²")
-    by_k.set_xlabel(f"examples seen, k (block {blocks[-1]})")
-    by_k.set_ylabel("(ŷ − algorithm)² ÷ mean of ŷ² over k ≥ 1")
+    by_k.set_xlabel(f"examples seen, k (block {blocks[-1]}, each k alone)")
 
 
 def _title(result: Result) -> str:

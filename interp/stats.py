@@ -45,6 +45,14 @@ class Interval:
     n: int
     level: float = 0.95
 
+    def each(self) -> list[Interval]:
+        """One interval for each entry of the first axis."""
+        ends = zip(self.mean, self.low, self.high, strict=True)
+        return [
+            Interval(np.asarray(mean), np.asarray(low), np.asarray(high), self.n, self.level)
+            for mean, low, high in ends
+        ]
+
 
 def bootstrap(
     values: Values,

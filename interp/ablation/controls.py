@@ -76,7 +76,8 @@ def tap_share(runs: Ablation, kind: str) -> Interval:
         )
         parts.append(part)
         both.append(part + other)
-    return ratio(*(torch.stack(found, dim=1).double().cpu().numpy() for found in (parts, both)))
+    of_kind, of_both = (torch.stack(found, dim=1).double().cpu().numpy() for found in (parts, both))
+    return ratio(of_kind, of_both)
 
 
 def _reached(at: Tensor, length: int, *, own: bool) -> Bool[Tensor, "1 source target"]:

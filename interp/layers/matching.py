@@ -133,7 +133,8 @@ def match(
     nearest = {name: _nearest(miss[:half].mean(0), found, name) for name in found.families}
     order = sorted(nearest, key=lambda name: float(miss[:half, nearest[name]].mean()))
     best, second = nearest[order[0]], nearest[order[1]]
-    judged = {name: (found.setting[i], ratio(miss[half:, i], size[half:], seed=seed)) for name, i in nearest.items()}
+    distance = ratio(miss[half:, list(nearest.values())], size[half:, None].repeat(len(nearest), 1), seed=seed)
+    judged = {name: (found.setting[i], one) for (name, i), one in zip(nearest.items(), distance.each(), strict=True)}
     scale = float(size[half:].mean())
     lead = bootstrap((miss[half:, second] - miss[half:, best]) / scale, seed=seed)
 
@@ -142,24 +143,6 @@ def match(
     families = np.array(found.family)
     agreement = float((families[again] == order[0]).mean())
     return Match(judged, order[0], lead, _step_interval(found, order[0], best, counts @ miss[:half]), agreement)
-
-
-def curve(
-    prediction: Float[Tensor, "batch n_pairs"], found: Candidates, chosen: Match, seed: int = 0
-) -> dict[str, Interval]:
-    """Each family at its chosen setting: distance for every number of examples, on the half that judges.
-
-    Not divided by Σ ŷ² of its own k but by the mean over k ≥ 1, so that a k at which the model says little does not
-    blow up.
-    """
-    own = prediction.detach().double().cpu()
-    half = len(own) // 2
-    scale = float(own[half:, 1:].square().mean()) if own.shape[1] > 1 else 1.0
-    keys = list(zip(found.family, found.setting, strict=True))
-    return {
-        name: bootstrap(((found.prediction[keys.index((name, setting)), half:] - own[half:]) ** 2 / scale).numpy())
-        for name, (setting, _) in chosen.family.items()
-    }
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ Each draws its prompts from its own part of the subject's stream "probe", so tha
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,6 @@ import hooks
 from interp import probe, seeds
 from interp.estimators.iterative import sums_before
 from interp.layers import lens, matching
-from interp.stats import Interval
 from interp.tasks.base import Batch, Task
 
 TARGETS = ("w", "w_ols", "Xty", "y", "direction", "label", "Xty_clean", "n_clean")
@@ -164,6 +164,11 @@ def probes(subject: Subject, n: int) -> list[Probed]:
     return found
 
 
+def targets_of(task: Task) -> list[str]:
+    """The variables of ``task`` that are probed for."""
+    return [name for name in task.variables(task.sample(2, torch.Generator())) if name in TARGETS]
+
+
 def _targets(task: Task, batch: Batch, k: int) -> dict[str, Tensor]:
     """What the probes are asked for once ``k`` examples and a query have been read."""
     variables = {name: value for name, value in task.variables(batch).items() if name in TARGETS}
@@ -223,13 +228,19 @@ def matches(levels: Map, found: matching.Candidates | None, seed: int) -> list[m
     return [matching.match(one, found, range(1, levels.trained), seed=seed) for one in own]
 
 
-def match_by_k(
-    levels: Map, matches: list[matching.Match], found: matching.Candidates | None, seed: int
-) -> dict[str, Interval]:
-    """The last block's distance to each algorithm, at the setting chosen for it, after each number of examples."""
-    if found is None or not matches:
+def matches_by_k(
+    levels: Map, found: matching.Candidates | None, ks: Sequence[int], seed: int
+) -> dict[tuple[int, int], matching.Match]:
+    """The nearest algorithm after each number of examples, chosen for it alone: (block, k) → match.
+
+    The last block after every k ≥ 1 within training, every other block after ``ks``.
+    """
+    if found is None or levels.trained < 2:
         return {}
-    return matching.curve(levels.calibrated[-1][:, : levels.trained], found, matches[-1], seed)
+    own, last = levels.calibrated[..., : levels.trained], len(levels.calibrated) - 1
+    asked = [(block, k) for block in range(last) for k in ks if 0 < k < levels.trained]
+    asked += [(last, k) for k in range(1, levels.trained)]
+    return {(block, k): matching.match(own[block], found, [k], seed=seed) for block, k in asked}
 
 
 def _other_labels(subject: Subject, batch: Batch) -> Float[Tensor, "batch n_pairs"]:

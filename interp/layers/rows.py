@@ -16,6 +16,8 @@ from interp.stats import Interval, bootstrap
 
 COLUMNS = ("model", "part", "block", "what", "setting", "k", "value", "low", "high", "n")
 Row = dict[str, Any]
+ByK = Mapping[tuple[int, int], matching.Match]
+"""(block, k) → match."""
 
 
 def table(rows: list[Row], model: str) -> pd.DataFrame:
@@ -41,7 +43,7 @@ def lens_rows(seen: Lens, m: int) -> list[Row]:
     for what, values in (("scale (median)", seen.scale), ("shift (median)", seen.shift)):
         rows += [_row("lens", block, what, interval) for block, interval in enumerate(_each(values, median=True))]
     for what, part in (("error", seen.profile.share), ("log error", seen.profile.factor)):
-        for block, interval in enumerate(_apart(part), start=1):
+        for block, interval in enumerate(part.each(), start=1):
             rows.append(_row("profile", block, f"share of the decrease of the {what}", interval))
     return rows
 
@@ -55,22 +57,20 @@ def probe_rows(probes: list[Probed]) -> list[Row]:
     ]
 
 
-def match_rows(matches: list[matching.Match], by_k: Mapping[str, Interval], ks: Sequence[int]) -> list[Row]:
-    """The distance of every block to every family at its best setting, then the nearest family; the last block's
-    distances after ``ks`` examples as well.
+def match_rows(matches: list[matching.Match], by_k: ByK, ks: Sequence[int]) -> list[Row]:
+    """The distance of every block to every family at its best setting, then the nearest family: over all numbers of
+    examples, then after each of ``ks`` alone.
     """
-    rows = []
-    for block, one in enumerate(matches):
-        for family, (setting, interval) in one.family.items():
-            rows.append(_row("match", block, family, interval, setting=setting))
-        setting, interval = one.family[one.best]
-        sure = "" if one.clear else ", not told apart from the next"
-        steps = "" if one.steps[0] < 0 else f", steps [{one.steps[1]}, {one.steps[2]}]"
-        rows.append(_row("match", block, f"nearest: {one.best}{sure}", interval, setting=f"{setting}{steps}"))
-    for family, distances in by_k.items():
-        apart, setting = _apart(distances), matches[-1].family[family][0]
-        rows += [_row("match", len(matches) - 1, family, apart[k], setting=setting, k=str(k)) for k in ks]
-    return rows
+    rows = [row for block, one in enumerate(matches) for row in _match_rows(one, block)]
+    return rows + [row for (block, k), one in by_k.items() if k in ks for row in _match_rows(one, block, str(k))]
+
+
+def _match_rows(one: matching.Match, block: int, k: str = "") -> list[Row]:
+    rows = [_row("match", block, name, each, setting=setting, k=k) for name, (setting, each) in one.family.items()]
+    setting, interval = one.family[one.best]
+    sure = "" if one.clear else ", not told apart from the next"
+    steps = "" if one.steps[0] < 0 else f", steps [{one.steps[1]}, {one.steps[2]}]"
+    return [*rows, _row("match", block, f"nearest: {one.best}{sure}", interval, setting=f"{setting}{steps}", k=k)]
 
 
 def map_rows(levels: Map, subject: Subject) -> list[Row]:
@@ -96,8 +96,8 @@ def lens_arrays(seen: Lens, m: int) -> dict[str, np.ndarray]:
         "lens_refit": np.array(seen.refit),
         "scale": _stack(_each(seen.scale, median=True)),
         "shift": _stack(_each(seen.shift, median=True)),
-        "share": _stack(_apart(profile.share)),
-        "factor": _stack(_apart(profile.factor)),
+        "share": _stack(profile.share.each()),
+        "factor": _stack(profile.factor.each()),
         "profile_words": np.array([profile.words, profile.log_words]),
     }
 
@@ -116,12 +116,13 @@ def probe_arrays(probes: list[Probed]) -> dict[str, np.ndarray]:
 
 
 def match_arrays(
-    matches: list[matching.Match], by_k: Mapping[str, Interval], found: matching.Candidates | None, levels: Map
+    matches: list[matching.Match], by_k: ByK, found: matching.Candidates | None, levels: Map
 ) -> dict[str, np.ndarray]:
-    """``match`` (family, 3, block); for the last block ``match_by_k`` (family, 3, k); GD and GD++ by step."""
+    """``match`` (family, 3, block); for the last block ``match_by_k`` (family, 3, k − 1); GD and GD++ by step."""
     if not matches or found is None:
         return {}
     families = list(matches[0].family)
+    last = [one for (block, _), one in by_k.items() if block == len(matches) - 1]
     return {
         "match_families": np.array(families),
         "match": np.array([_stack([one.family[name][1] for one in matches]) for name in families]),
@@ -130,7 +131,10 @@ def match_arrays(
         "match_clear": np.array([one.clear for one in matches]),
         "match_steps": np.array([one.steps for one in matches]),
         "match_agreement": np.array([one.agreement for one in matches]),
-        "match_by_k": np.array([[by_k[name].mean, by_k[name].low, by_k[name].high] for name in families]),
+        "match_by_k": np.array([_stack([one.family[name][1] for one in last]) for name in families]),
+        "match_by_k_best": np.array([one.best for one in last]),
+        "match_by_k_setting": np.array([one.family[one.best][0] for one in last]),
+        "match_by_k_clear": np.array([one.clear for one in last]),
         "descent_gd": _descent(levels, found, ("GD", "fastest"), len(matches)),
         "descent_gdpp": _descent(levels, found, ("GD++", "iterated"), len(matches)),
     }
@@ -169,13 +173,7 @@ def _row(part: str, block: int, what: str, interval: Interval, **more: str) -> R
 def _each(values: Float[Tensor, "block batch"], median: bool = False) -> list[Interval]:
     """The mean (or median) over prompts of each block, with its interval."""
     middle = (lambda sample: np.median(sample, axis=0)) if median else None
-    return _apart(bootstrap(values.T.double().cpu().numpy(), statistic=middle))
-
-
-def _apart(interval: Interval) -> list[Interval]:
-    """One interval for each entry."""
-    ends = zip(interval.mean, interval.low, interval.high, strict=True)
-    return [Interval(np.asarray(mean), np.asarray(low), np.asarray(high), interval.n) for mean, low, high in ends]
+    return bootstrap(values.T.double().cpu().numpy(), statistic=middle).each()
 
 
 def _stack(intervals: list[Interval]) -> Float[np.ndarray, "3 entry"]:

@@ -65,7 +65,8 @@ def test_the_table_has_every_part_with_interval_and_n(result: Result) -> None:
     assert {"GD", "GD++", "Newton", "online GD", "ridge", "least squares", "k-NN", "averaging", "zero"} <= families
     assert {"8", "17"} <= set(table[table.part == "map"].k)
     late = table[(table.part == "match") & (table.k != "")]
-    assert set(late.k) == {"3", "6", "8"} and set(late.block) == {BLOCKS} and set(late.what) < families
+    assert set(late.k) == {"3", "6", "8"} and set(late.block) == set(range(BLOCKS + 1))
+    assert sum(late.what.str.startswith("nearest: ")) == 3 * (BLOCKS + 1)
     assert result.ok, [check for check in result.checks if not check.ok]
     assert len(result.checks) >= 8 and result.provenance["notes"] == []
 
@@ -82,13 +83,16 @@ def test_the_figure_is_redrawn_from_disk_with_its_controls(result: Result, tmp_p
         assert control in labels
     in_probes = [text.get_text() for text in panels[5].get_legend().get_texts()]
     assert {"w, shuffled", "w, untrained", "w, from running sums"} <= set(in_probes)
-    assert figure.get_suptitle().startswith(str(result.config["model"]))
+    assert figure.get_suptitle().startswith("mamba-linreg, 8 examples: ")
 
 
 @pytest.mark.end_to_end
 @pytest.mark.parametrize(
     ("given", "targets", "notes"),
-    [({"k": 0}, {"w", "y"}, []), ({"task_config": ("n_pairs=1",)}, {"w", "y"}, ["have no context"])],
+    [
+        ({"k": 0}, {"w", "y"}, ["after 0 examples w_ols, Xty"]),
+        ({"task_config": ("n_pairs=1",)}, {"w", "y"}, ["have no context", "after 0 examples w_ols, Xty"]),
+    ],
 )
 def test_without_examples_there_is_no_sum_to_probe(
     config: probe_layers.Config, given: dict[str, Any], targets: set[str], notes: list[str]

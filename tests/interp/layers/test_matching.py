@@ -10,7 +10,7 @@ import torch
 from hooks.errors import BadArgument
 from interp import estimators, seeds, tasks
 from interp.estimators import iterative
-from interp.layers import matching
+from interp.layers import matching, readings
 
 TASK = tasks.build("linreg", d=4, n_pairs=13)
 
@@ -96,14 +96,23 @@ def test_two_that_agree_are_not_told_apart(found: matching.Candidates) -> None:
     assert not match.clear and float(match.lead.mean) == pytest.approx(0.0, abs=1e-9)
 
 
-@pytest.mark.definition
-def test_the_curve_over_examples_is_the_distance_at_each(batch: tasks.Batch, found: matching.Candidates) -> None:
-    own = estimators.build("ridge", alpha=1.0)(batch).double()
-    chosen = matching.match(own, found, range(1, 13))
-    curve = matching.curve(own, found, chosen)
-    assert float(curve["ridge"].mean.max()) < 1e-9
-    expected = (own[40:] ** 2).mean(0) / (own[40:, 1:] ** 2).mean()
-    torch.testing.assert_close(torch.from_numpy(curve["zero"].mean), expected)
+@pytest.mark.planted
+def test_a_change_of_algorithm_over_the_examples_is_found_at_each_k(
+    batch: tasks.Batch, found: matching.Candidates
+) -> None:
+    """3 nearest up to k = 6 and averaging after it; over all k together neither is the answer at every one."""
+    named = dict(zip(zip(found.family, found.setting, strict=True), found.prediction, strict=True))
+    last = torch.where(torch.arange(13) <= 6, named["k-NN", "3 nearest"], named["averaging", ""])
+    own = torch.stack([named["ridge", "α = 0.3"], last])
+    levels = readings.Map(batch, own, own.square(), own, trained=13)
+    matches = readings.matches_by_k(levels, found, [4, 8, 99], seed=0)
+    assert set(matches) == {(0, 4), (0, 8), *((1, k) for k in range(1, 13))}
+    for (block, k), one in matches.items():
+        planted = "ridge" if block == 0 else "k-NN" if k <= 6 else "averaging"
+        # With one or two examples several algorithms are the same function.
+        assert float(one.family[planted][1].mean) < 1e-20 and (k < 4 or one.best == planted)
+        zero = one.family["zero"][1]
+        assert float(zero.mean) == pytest.approx(1.0) and float(zero.low) == pytest.approx(1.0)
 
 
 @pytest.mark.contract
