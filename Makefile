@@ -4,7 +4,7 @@
 # make bench       timings side by side with other implementations, as a table
 # make check       formatter, linter, type checker, default tests
 # make format      let the formatter and the linter mend what they can
-# make figure      redraw the figure of the README
+# make figure      redraw the figures of the README
 # make clean       remove .venv, caches and build products; results in out/ stay
 #
 # Needs Python >= 3.11 and make. The first target that runs installs into .venv what it needs, in the exact versions
@@ -56,7 +56,9 @@ format: $(VENV)/.installed-test
 
 figure: demo
 	cp "$$(ls -t out/ablate_delta/*/figure.png | head -n 1)" analyses/ablate_delta.png
-	@echo "README figure: analyses/ablate_delta.png"
+	$(PY) -m analyses.zoo
+	cp "$$(ls -t out/zoo/*/figure.png | head -n 1)" analyses/zoo.png
+	@echo "README figures: analyses/ablate_delta.png analyses/zoo.png"
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
