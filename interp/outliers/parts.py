@@ -110,6 +110,8 @@ def used(found: Findings, name: str, model: Any, prompts: Prompts, reference: Pr
     if not planned:
         why = "the model has none of their sites" if bool(prompts.outlier.any()) else "these prompts have no outliers"
         found.rows.skip(name, f"interventions: {why}")
+    if any(one.whole is None for one in planned):
+        found.rows.skip(name, "recovery of knock-outs: prompts without their outliers would differ in length")
     wholes: dict[int, Tensor] = {}
     for one in planned:
         after = edits.run(model, prompts.batch, one.edits)

@@ -59,6 +59,7 @@ def arrays(studies: Sequence[Study], alike: Alike, asked: Plan) -> dict[str, np.
         if study.forgets is not None:
             made[f"left_{i}"] = remains(study, asked, total=False)
             made[f"half_{i}"] = half_lives(study)
+            made[f"half_channels_{i}"] = channel_half_lives(study)
         if study.content is not None:
             parts = study.content
             made[f"shares_{i}"] = np.stack([parts.share, parts.low, parts.high])
@@ -98,11 +99,16 @@ def half_lives(study: Study) -> Float[np.ndarray, "2 layer 3"]:
     """In tokens: of a channel's slowest mode, and at the rate at which it loses what it holds; median and quartiles
     over channels.
     """
+    # A channel that never forgets is infinitely slow, which is an order and not a mistake.
+    orders = np.quantile(channel_half_lives(study), [0.5, 0.25, 0.75], axis=2, method="nearest")
+    return np.moveaxis(orders, 0, -1)
+
+
+def channel_half_lives(study: Study) -> Float[np.ndarray, "2 layer d_inner"]:
+    """In tokens, for every channel: of its slowest mode, and at the rate at which it loses what it holds."""
     assert study.forgets is not None
     rates = (-study.forgets.slow.clamp(min=1e-38).log(), study.forgets.lost)
-    # A channel that never forgets is infinitely slow, which is an order and not a mistake.
-    orders = [np.quantile(half_life(rate).numpy(), [0.5, 0.25, 0.75], axis=1, method="nearest").T for rate in rates]
-    return np.stack(orders)
+    return np.stack([half_life(rate).numpy() for rate in rates])
 
 
 def relative_norm(study: Study, asked: Plan) -> Lines:

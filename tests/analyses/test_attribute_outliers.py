@@ -182,6 +182,11 @@ def test_regression_with_outliers_takes_a_model_of_the_clean_task(folder: Path, 
     assert found.ok and analysis.plot(found).axes
     if options != ("n_pairs=1",):
         assert set(rows(found, part="contribution", quantity="first order").group) == {"outlier", "clean"}
+        # Outliers are drawn one by one here: no two prompts have as many of them.
+        out = rows(found, part="use").condition.str.contains("out of")
+        assert out.any() and "recovery" not in set(rows(found, part="use")[out].quantity)
+        said = rows(found, part="skipped", model=found.config["model"]).condition
+        assert said.str.startswith("recovery of knock-outs").any()
 
 
 @pytest.mark.contract

@@ -87,6 +87,11 @@ def test_table_holds_every_quantity_of_every_model_and_pair(result: Result) -> N
     bounded = table[table.low.notna() & ~table.quantity.str.startswith(("half-life", "resets"))]
     assert (bounded.low <= bounded.value + 1e-9).all() and (bounded.value <= bounded.high + 1e-9).all()
     assert (table.n > 1).all()
+    for i, layers in enumerate((2, 3)):
+        channels, quartiles = result.arrays[f"half_channels_{i}"], result.arrays[f"half_{i}"]
+        assert channels.shape[:2] == (2, layers) and (channels > 0).all()
+        inside = (channels >= quartiles[..., 1:2]) & (channels <= quartiles[..., 2:])
+        assert (inside.mean(-1) >= 0.5).all()  # half of the channels lie between their quartiles
     assert result.ok, [check for check in result.checks if not check.ok]
 
 
