@@ -2,18 +2,21 @@
 
 Estimand   (1) the lens: each block's residual stream at the query through the model's own norm and
            head, with a scale and a shift fitted on m points of each prompt, error on other queries
-           of the same context; the scales and shifts; the same without fitting. Each block's share
-           of the decrease of the error, and of its logarithm. (2) R² of ridge probes, after each
+           of the same context; the scales and shifts; the same without fitting. Of symbols (markov):
+           a scale and a shift of each symbol's log p, fitted on other prompts for all together, error
+           over the last examples. Each block's share of the decrease of the error, and of its
+           logarithm. (2) R² of ridge probes, after each
            block, from the residual at the query and from the recurrent state, to the task's
            variables. (3) The distance of each block's prediction, in the labels' unit by one scale
            and shift for all prompts, to gradient descent after t steps, GD++, Newton, online
-           descent, ridge, least squares, k-NN, averaging; the nearest, chosen on half of the
-           prompts and judged on the other half; over all numbers of examples and after each.
+           descent, ridge, least squares, k-NN, averaging; of symbols, to counting estimators of other
+           orders, priors and memories; the nearest, chosen on half of the prompts and judged on the
+           other half; over all numbers of examples and after each.
            (4) Error after each block and each number k of examples, up to twice as many as in training
 Controls   the floor of the fit, by formula and of a feature drawn at random; the labels of another
-           w; the same architecture with random weights in the lens and the probes; shuffled targets
-           and running sums in the probes; least squares on another w's labels in the matching; the
-           lens after the last block against the model itself
+           w or chain; the same architecture with random weights in the lens and the probes; shuffled
+           targets and running sums in the probes; least squares (counting) on another w's labels
+           (chain's symbols) in the matching; the lens after the last block against the model itself
 Not shown  whether what can be read is used (ablate_delta edits, this only reads); what a probe that
            is not linear could read; other trainings: the intervals are over prompts
 Cost       15 seconds with 256 prompts and 2 idle cores
@@ -42,8 +45,11 @@ QUICK = 64
 NAMES = {
     "w": "w", "w_ols": "least-squares estimate", "Xty": "Xᵀy", "y": "y",
     "direction": "direction", "label": "label", "Xty_clean": "Xᵀy of clean ones", "n_clean": "number of clean ones",
+    "table": "transition table", "estimate": "its Bayes estimate", "row": "row in force", "counts": "counts of pairs",
 }  # fmt: skip
 """What the figure calls the targets of the probes."""
+DISTANCE = "distance: Σ (ŷ − algorithm)² ÷ Σ ŷ²"
+OTHER: dict[str, Any] = {"floor": None, "style": 1}
 NEAREST = ("best", "setting", "clear")
 FP32 = 1e-4
 """Largest difference between two fp32 paths of one function, relative to the largest value."""
@@ -62,9 +68,9 @@ class Config:
     k: int | None = None
     "Examples in the context of lens and probes; as many as in training if not given."
     m: int = 10
-    "Queries of each prompt that fit its scale and shift; 6 or more."
+    "Queries of each prompt that fit its scale and shift; 6 or more. Not used where tokens are integers."
     queries: int = 20
-    "Other queries of each prompt, on which the lens is judged."
+    "Other queries of each prompt, on which the lens is judged; where tokens are integers, its last examples."
     seed: int = 0
     "Chooses the prompts."
     device: str = "cpu"
@@ -90,7 +96,7 @@ def run(config: Config) -> Result:
     import models
     from interp import provenance
     from interp.arguments import whole_number
-    from interp.layers import lens, matching
+    from interp.layers import lens
     from interp.layers import readings as layers
     from interp.layers import rows as layer_rows
     from interp.progress import progress
@@ -106,7 +112,7 @@ def run(config: Config) -> Result:
         tick()
         levels = layers.error_map(subject, 2 * prompts)
         tick()
-        found = matching.candidates(levels.within()) if subject.linear and levels.trained > 1 else None
+        found = layers.candidates(subject, levels)
         matches = layers.matches(levels, found, config.seed)
         ks = sorted({*subject.task.report_ks, levels.trained - 1})
         by_k = layers.matches_by_k(levels, found, ks, config.seed)
@@ -121,7 +127,7 @@ def run(config: Config) -> Result:
         config={**asked, **resolved},
         table=layer_rows.table(rows, subject.name),
         arrays={
-            **layer_rows.lens_arrays(seen, m),
+            **layer_rows.lens_arrays(seen),
             **layer_rows.probe_arrays(probes),
             **layer_rows.match_arrays(matches, by_k, found, levels),
             **layer_rows.map_arrays(levels),
@@ -141,12 +147,11 @@ def _subject(config: Config) -> Subject:
 
     import models
     from hooks.errors import BadArgument
-    from interp import cards, tasks
+    from interp import cards
     from interp.arguments import named_values, usable_device, whole_number
     from interp.layers.readings import Subject
     from interp.tasks.outlier_linreg import OutlierLinearRegression
 
-    cards.need_vectors(tasks.build(config.task), "the lens")
     name = config.model or f"mamba-{config.task}"
     device = usable_device(config.device)
     model = models.load(name).to(device)
@@ -179,12 +184,16 @@ def _notes(subject: Subject, probes: list[Probed], levels: Map) -> list[str]:
     notes = []
     if not any(one.features == "state" for one in probes):
         notes.append(f"{subject.name} has no recurrent state: probes read the residual stream only")
-    if not subject.regression:
+    if subject.symbols:
+        notes.append(f"{subject.task.name} has symbols: the lens is fitted for all prompts together, m is not used")
+    elif not subject.regression:
         notes.append(f"{subject.task.name} is no regression: the lens is not fitted")
-    if not subject.linear:
-        notes.append(f"{subject.task.name} has no w: no algorithm is matched")
+    if not (subject.linear or subject.chain):
+        notes.append(f"{subject.task.name} has neither a w nor a transition table: no algorithm is matched")
     elif levels.trained < 2:
         notes.append("prompts of one pair have no context: no algorithm is matched")
+    if subject.symbols and not layers.targets_of(subject.task):
+        notes.append(f"{subject.task.name} has no variable to probe for")
     if alike := sorted({one.target for one in probes} ^ set(layers.targets_of(subject.task)), reverse=True):
         notes.append(f"after {subject.k} examples {', '.join(alike)} are the same for every prompt: not probed")
     if levels.raw.shape[-1] < 2 * subject.task.n_pairs:
@@ -207,9 +216,10 @@ def _checks(
     import numpy as np
     import torch
 
-    from interp import seeds
+    from interp import cards
     from interp.evaluate import predictions
     from interp.layers import lens
+    from interp.layers import readings as layers
     from interp.result import Check
     from interp.stats import ratio
 
@@ -218,24 +228,26 @@ def _checks(
     whole = predictions(model, task, part)
     moved = float((levels.decoded[-1, :32] - whole).abs().max() / whole.abs().max())
     checks.append(Check.at_most("map after the last block against the model itself, relative", moved, FP32))
-    batch = subject.sample(32, 0, subject.k + 2)
-    run = torch.cat([lens.context_tokens(batch, subject.k), lens.query_tokens(batch)[:, -1:]], dim=1)
-    with torch.no_grad():
-        direct = model(run)[:, -1, 0]
-    forked = lens.forks(model, batch, subject.k).decoded[-1, :, -1]
-    moved = float((forked - direct).abs().max() / direct.abs().max())
-    checks.append(Check.at_most("lens after the last block against a run of its own, relative", moved, FP32))
+    if not subject.symbols:
+        batch = subject.sample(32, 0, subject.k + 2)
+        run = torch.cat([lens.context_tokens(batch, subject.k), lens.query_tokens(batch)[:, -1:]], dim=1)
+        with torch.no_grad():
+            direct = model(run)[:, -1, 0]
+        forked = lens.forks(model, batch, subject.k).decoded[-1, :, -1]
+        moved = float((forked - direct).abs().max() / direct.abs().max())
+        checks.append(Check.at_most("lens after the last block against a run of its own, relative", moved, FP32))
     if model.card.get("task_config") == task.config:
-        for k in task.report_ks:
-            said = model.card["measured"]["model"][f"k={k}"]
-            error = levels.raw[-1, :, k].double()
-            spread = (said["standard_error"] ** 2 + float(error.var()) / len(error)) ** 0.5
-            gap = abs(float(error.mean()) - said["error"]) / max(spread, 1e-12)
+        for k, gap in cards.gaps(model.card, {k: levels.raw[-1, :, k] for k in task.report_ks}).items():
             checks.append(Check.at_most(f"error at k={k} against the card, in standard errors", gap, 4.0))
     if probes:
         blind = float(np.mean([one.probe.controls["shuffled"].mean for one in probes]))
         checks.append(Check.at_most("probes of shuffled targets: mean R²", blind, 0.02))
-    if subject.regression:
+    floors = {"other labels": seen.other_labels, "untrained weights": seen.untrained}
+    if subject.symbols:
+        # Random weights still show which symbols have come, and that tells something of the next.
+        least = seen.floor
+        del floors["untrained weights"]
+    elif seen.variance is not None and subject.regression:
         spread = seen.variance.cpu().numpy()
         ours = ratio(seen.nothing.double().cpu().numpy(), spread)
         gap = abs(float(ours.mean) - lens.floor(config.m)) / max(float(ours.high - ours.low) / 3.92, 1e-12)
@@ -244,16 +256,14 @@ def _checks(
         least = (1 - 1 / task.d) * float(spread.mean())
     else:
         least = 0.5
-    for name, values in (("other labels", seen.other_labels), ("untrained weights", seen.untrained)):
+    for name, values in floors.items():
         below = (least - float(values[-1].mean())) / max(float(values[-1].std()) / values.shape[1] ** 0.5, 1e-12)
         checks.append(Check.at_most(f"{name}: lens after the last block below chance, in standard errors", below, 4.0))
     if found is not None:
-        from interp import estimators
-
-        wrong = estimators.build("ols")(task.corrupt(levels.within(), seeds.generator("corrupt", subject.seed)))
+        what, wrong = layers.elsewhere(subject, levels)
         own = levels.calibrated[-1][:, : levels.trained]
         level = float((wrong - own)[:, 1:].square().mean() / own[:, 1:].square().mean())
-        checks.append(Check.at_least("distance to least squares of another w's labels", level, 0.9))
+        checks.append(Check.at_least(f"distance to {what}", level, 0.9))
     return checks
 
 
@@ -271,11 +281,14 @@ def plot(result: Result) -> Figure:
     figure, panels = draw.grid([(1.2, 0.9, 1.1, 1.15), (0.85, 0.85, 1.1, 0.95)], heights=(3.8, 4.4), width=17.0)
     lens, fit, decrease, mapped, residual, state, match, match_k = panels
     _draw_lens(lens, arrays, blocks, draw)
-    draw.curves(fit, blocks, {"scale a": tuple(arrays["scale"]), "shift b": tuple(arrays["shift"])}, floor=None)
-    draw.baseline(fit, blocks, np.ones(len(blocks)), "no scaling, no shift", floor=None, style=1)
-    draw.baseline(fit, blocks, np.zeros(len(blocks)), "_", floor=None, style=1)
-    fit.set_ylabel("y ≈ a ŷ + b, median over prompts")
-    shares = {"error": tuple(arrays["share"]), "log error": tuple(arrays["factor"])}
+    symbols = len(arrays["rivals"]) > 0
+    fitted = {"scale a": "scale"} if symbols else {"scale a": "scale", "shift b": "shift"}
+    draw.curves(fit, blocks, {name: tuple(arrays[key]) for name, key in fitted.items()}, floor=None)
+    draw.baseline(fit, blocks, np.ones(len(blocks)), "no scaling" if symbols else "no scaling, no shift", **OTHER)
+    draw.baseline(fit, blocks, np.zeros(len(blocks)), "_", **OTHER)
+    fit.set_ylabel("scale a in log softmax(a z + b)" if symbols else "y ≈ a ŷ + b, median over prompts")
+    shares = {"error": tuple(arrays["share"])} if symbols else {}
+    shares = shares or {"error": tuple(arrays["share"]), "log error": tuple(arrays["factor"])}
     draw.bars(
         decrease,
         [str(b) for b in blocks[1:]],
@@ -309,8 +322,11 @@ def plot(result: Result) -> Figure:
             drawn[-1].legend(frameon=False, fontsize=6.5, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     panels[0].set_ylabel(str(arrays["metric"]))
     figure.suptitle(_title(result), fontsize=10.5)
+    how = f"m = {config['m']} points fit, {config['queries']} judge"
+    if symbols:
+        how = f"as many others fit, the last {config['queries']} examples judge"
     figure.supxlabel(
-        f"n = {config['prompts']} prompts (lens; m = {config['m']} points fit, {config['queries']} judge), "
+        f"n = {config['prompts']} prompts (lens; {how}), "
         f"{2 * config['prompts']} others (probes: a quarter judges; matching: half; map); k = {config['k']}; "
         "bands and lines: 95 % bootstrap over prompts; * nearest, (*) not told apart from the next",
         fontsize=7.5,
@@ -322,16 +338,23 @@ def plot(result: Result) -> Figure:
 def _draw_lens(axes: Any, arrays: Mapping[str, Any], blocks: np.ndarray, draw: Any) -> None:
     import numpy as np
 
-    regression = bool(arrays["lens_refit"])
+    regression, rivals = bool(arrays["lens_refit"]), [str(name) for name in arrays["rivals"]]
     other = "labels of another w" if regression else "labels of another prompt"
+    if rivals:
+        other = "symbols of another chain"
     named = {"as the model says it": "lens_raw", "untrained weights": "lens_untrained", other: "lens_other_labels"}
     lowest = min(float(arrays["lens_fitted"].min()), float(arrays["lens_raw"].min()))
-    floor = max(1e-4, 0.3 * lowest) if regression else None
+    floor = max(1e-4, 0.3 * lowest) if regression and not rivals else None
     if regression:
         named = {"scale and shift fitted": "lens_fitted", **named}
     draw.curves(axes, blocks, {name: tuple(arrays[key]) for name, key in named.items()}, floor=floor)
     level = np.full(len(blocks), float(arrays["lens_floor"]))
-    draw.baseline(axes, blocks, level, "knows nothing (formula)" if regression else "chance", floor=floor)
+    nothing = "chance" if not regression else "knows nothing (fitted)" if rivals else "knows nothing (formula)"
+    draw.baseline(axes, blocks, level, nothing, floor=floor)
+    # One who knows nothing is drawn already.
+    for style, (name, value) in enumerate(zip(rivals, arrays["rival_errors"], strict=True), start=1):
+        if name != "uniform":
+            draw.baseline(axes, blocks, np.full(len(blocks), float(value)), name, floor=floor, style=style)
     for style, (name, key) in enumerate({"GD, a step a block": "descent_gd", "GD++": "descent_gdpp"}.items(), start=2):
         if key in arrays:
             seen = np.where(arrays[key] >= (floor or 0.0), arrays[key], np.nan)
@@ -342,7 +365,7 @@ def _draw_probes(axes: Any, arrays: Mapping[str, Any], features: str, draw: Any)
     import numpy as np
 
     ks, name = arrays["probe_ks"], f"probe_{features}"
-    late = arrays.get(f"{name}_{ks[-1]}")
+    late = arrays.get(f"{name}_{ks[-1]}") if len(ks) else None
     if late is None:
         axes.set_axis_off()
         axes.text(0.5, 0.5, f"no {features} to probe", ha="center", transform=axes.transAxes)
@@ -379,12 +402,17 @@ def _draw_matches(axes: Any, by_k: Any, arrays: Mapping[str, Any], blocks: np.nd
         lowest = 0.5 * min(float(mean[mean > 0].min()) for mean, *_ in drawn.values())
         draw.curves(panel, x, drawn, floor=lowest)
         draw.baseline(panel, x, np.ones(len(x)), "zero", floor=lowest)
+        named, room = None, (x[-1] - x[0]) / 40
         for at, best, setting, clear in zip(x, *(arrays[f"{key}_{part}"] for part in NEAREST), strict=True):
+            # Many numbers of examples: named where it changes, and where there is room.
+            if named is not None and (at - named[0] < room or (len(x) > 40 and named[1] == (best, setting))):
+                continue
+            named = (at, (best, setting))
             sure = "*" if clear else "(*)"
             place = {"rotation": 90, "ha": "center", "va": "bottom", "fontsize": 6}
             panel.text(at, lowest / 2500, f"{sure} {best} {setting}", **place)
         panel.set_ylim(lowest / 4000, 3.3)
-    axes.set_ylabel("distance: Σ (ŷ − algorithm)² ÷ Σ ŷ²")
+    axes.set_ylabel("distance: Σ (p̂ − algorithm)² ÷ Σ (p̂ − uniform)²" if len(arrays["rivals"]) else DISTANCE)
     by_k.set_xlabel(f"examples seen, k (block {blocks[-1]}, each k alone)")
 
 
@@ -406,9 +434,11 @@ def _title(result: Result) -> str:
         "rising": "with an increase",
     }.get(words, "too few blocks to call it even or stepwise")
     largest = int(np.argmax(share[0]))
+    what, digits = ("nats go", 3) if len(arrays["rivals"]) else ("error goes", 2)
     text = (
-        f"{called(config['model'])}, {config['k']} examples: over {blocks} blocks the error goes from {before:.2g} "
-        f"[{between[0]:.2g}, {between[1]:.2g}] to {after:.2g} [{end[0]:.2g}, {end[1]:.2g}], {way}"
+        f"{called(config['model'])}, {config['k']} examples: over {blocks} blocks the {what} from {before:.{digits}g} "
+        f"[{between[0]:.{digits}g}, {between[1]:.{digits}g}] to {after:.{digits}g} "
+        f"[{end[0]:.{digits}g}, {end[1]:.{digits}g}], {way}"
     )
     if words not in ("flat", "rising"):
         ends = f"[{share[1, largest]:.0%}, {share[2, largest]:.0%}]"

@@ -33,11 +33,12 @@ class Carded(Protocol):
 def trained_task(name: str, model: Carded, asked: str, options: Mapping[str, Any] | None = None) -> Task:
     """The task that ``model`` was trained on, with ``options`` in place of its own.
 
-    Raises ``BadArgument`` where the card names another task than ``asked``, and where the tokens are then not those
+    Raises ``BadArgument`` where there is no task ``asked``, the card names another, or the tokens are then not those
     that the model reads.
     """
     trained_on = model.card.get("task")
     if trained_on != asked:
+        tasks.build(asked)
         raise BadArgument(f'{name} was trained on "{trained_on}", not on "{asked}"')
     own = model.card["task_config"]
     task = tasks.build(asked, **{**own, **(options or {})})

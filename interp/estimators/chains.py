@@ -29,8 +29,18 @@ def add_beta(
     or any before it. With rows of the transition table drawn from Dirichlet(β, … β), first symbols uniform and switches
     independent of all else, this is the Bayes predictor (arXiv 2502.10178 §2).
     """
-    order = whole_number("order", order, least=1)
+    return forgetting(whole_number("order", order, least=1), beta, 1.0, n_symbols, switch)
+
+
+def forgetting(
+    order: int, beta: float = 1.0, keep: float = 1.0, n_symbols: int = 2, switch: float = 0.0
+) -> Callable[[Any], Float[Tensor, "batch n_pairs vocabulary"]]:
+    """``add_beta`` in which all that was counted is multiplied by ``keep`` at each symbol, and ``order`` may be 0: the
+    frequencies of the symbols, whatever came before.
+    """
+    order = whole_number("order", order, least=0)
     beta = between("beta", beta, 1e-6)
+    keep = between("keep", keep, 0.0, 1.0)
     n_symbols = whole_number("n_symbols", n_symbols, least=2)
     switch = between("switch", switch, 0.0, 0.99)
 
@@ -39,7 +49,7 @@ def add_beta(
         context, whole = contexts(y, n_symbols, order)
         prompt = torch.arange(len(y))
         # A context that is not whole reads row 0; it is replaced by nothing counted.
-        rows = [table[prompt, context[:, k]] for k, table in enumerate(tables(y, n_symbols, order))]
+        rows = [table[prompt, context[:, k]] for k, table in enumerate(tables(y, n_symbols, order, keep))]
         counts = torch.stack(rows, dim=1) * whole[..., None] + beta
         symbols = (1 - switch) * counts / counts.sum(dim=-1, keepdim=True)
         other = torch.full_like(symbols[..., :1], switch)
@@ -76,16 +86,18 @@ def contexts(
 
 
 def tables(
-    y: Int[Tensor, "batch n_pairs"], n_symbols: int, order: int
+    y: Int[Tensor, "batch n_pairs"], n_symbols: int, order: int, keep: float = 1.0
 ) -> Iterator[Float[Tensor, "batch context symbol"]]:
     """For each example k in turn, how often each symbol has followed each context in the chain that is under way.
 
-    It is one tensor, in fp64, that goes on being counted in: copy what is to be kept.
+    What was counted j symbols ago counts keep^(j - 1). It is one tensor, in fp64, that goes on being counted in: copy
+    what is to be kept.
     """
     context, whole = contexts(y, n_symbols, order)
     table = torch.zeros(len(y), n_symbols**order, n_symbols, dtype=torch.float64, device=y.device)
     for k in range(y.shape[1]):
         yield table
+        table *= keep
         ends = y[:, k] == n_symbols
         table[ends] = 0
         counted = (whole[:, k] & ~ends).nonzero()[:, 0]

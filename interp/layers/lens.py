@@ -104,14 +104,15 @@ def forks(model: Any, batch: Batch, k: int, chunk: int = 2048) -> Forks:
 def along(model: Any, batch: Batch, chunk: int = 256) -> Residuals:
     """The residual stream at the query of every example k = 0 … n_pairs − 1, after 0, 1, … L blocks.
 
-    One forward where all examples are read in one (interleaved tokens). Otherwise a model that takes ``state`` walks
-    through the context once and is forked at each k; any other is run on each prefix.
+    One forward where all examples are read in one (interleaved tokens, integers). Otherwise a model that takes
+    ``state`` walks through the context once and is forked at each k; any other is run on each prefix.
     """
     parts = []
     for start in range(0, len(batch), chunk):
         some = batch.take(slice(start, start + chunk))
         if not _joint(some):
-            parts.append(_stacked(hooks.record(model, some.tokens, RESIDUALS))[:, :, some.read])
+            stacked = _stacked(hooks.record(model, some.tokens, RESIDUALS))
+            parts.append(stacked[:, torch.arange(len(some))[:, None], some.read.expand(len(some), -1)])
             continue
         queries, count = query_tokens(some), some.targets.shape[1]
         each, state = [], None
@@ -128,9 +129,14 @@ def along(model: Any, batch: Batch, chunk: int = 256) -> Residuals:
 
 
 @torch.no_grad()
+def through_head(model: Any, residual: Residuals) -> Float[Tensor, "block batch query d_out"]:
+    """head(norm(r)) of the model itself; exactly its output after the last block."""
+    return torch.stack([model.head(model.ln_final(r)) for r in residual])
+
+
 def decode(model: Any, residual: Residuals) -> Decoded:
-    """head(norm(r)) of the model itself; exactly its prediction after the last block."""
-    return torch.stack([model.head(model.ln_final(r))[..., 0] for r in residual])
+    """``through_head`` of a model whose output is one number: its prediction."""
+    return through_head(model, residual)[..., 0]
 
 
 @dataclass(frozen=True)
@@ -182,9 +188,12 @@ def calibrated(
     return scale[..., None] * (feature - centre[..., None]) + middle[..., None]
 
 
-def errors(task: Task, prediction: Decoded, batch: Batch) -> Float[Tensor, "block batch query"]:
+def errors(
+    task: Task, prediction: Float[Tensor, "block batch query *out"], batch: Batch
+) -> Float[Tensor, "block batch query"]:
     """``task.error`` of every block's prediction; ``batch.targets`` has the labels."""
-    return torch.stack([task.error(one.to(batch.targets), batch) for one in prediction])
+    kept = batch.targets.dtype if batch.targets.is_floating_point() else torch.float32
+    return torch.stack([task.error(one.to(batch.targets.device, kept), batch) for one in prediction])
 
 
 @dataclass(frozen=True)
@@ -290,7 +299,7 @@ def _after(
 
 def _joint(batch: Batch) -> bool:
     """Whether one token holds x and y together."""
-    return batch.tokens.shape[-1] > batch.x.shape[-1]
+    return batch.tokens.ndim == 3 and batch.tokens.shape[-1] > batch.x.shape[-1]
 
 
 def _stacked(record: hooks.Record) -> Float[Tensor, "block batch pos d_model"]:

@@ -35,13 +35,14 @@ NEIGHBOURS = (1, 3, 5)
 class Candidates:
     """Predictions (candidate, batch, n_pairs), fp64, with each one's family, its setting in words, and its step.
 
+    Where a prediction is a probability of each symbol it has one more axis, and 0 stands for knowing nothing.
     ``step`` is the number of steps where the family counts steps, else −1.
     """
 
     family: tuple[str, ...]
     setting: tuple[str, ...]
     step: tuple[int, ...]
-    prediction: Float[Tensor, "candidate batch n_pairs"]
+    prediction: Float[Tensor, "candidate batch n_pairs *symbol"]
 
     @property
     def families(self) -> list[str]:
@@ -104,7 +105,7 @@ class Match:
 
 
 def match(
-    prediction: Float[Tensor, "batch n_pairs"],
+    prediction: Float[Tensor, "batch n_pairs *symbol"],
     found: Candidates,
     ks: Sequence[int],
     n_boot: int = 400,
@@ -126,10 +127,10 @@ def match(
         raise BadArgument(
             f"{len(own)} prompts and {len(at)} examples are too few to choose on one half and judge on another"
         )
-    size = own[:, at].square().sum(1).numpy()
+    size = own[:, at].square().flatten(1).sum(1).numpy()
     if not size[:half].any() or not size[half:].any():
         raise BadArgument("the prediction is zero in every example; there is nothing to match")
-    miss = (found.prediction[:, :, at] - own[:, at]).square().sum(2).T.numpy()
+    miss = (found.prediction[:, :, at] - own[:, at]).square().flatten(2).sum(2).T.numpy()
     nearest = {name: _nearest(miss[:half].mean(0), found, name) for name in found.families}
     order = sorted(nearest, key=lambda name: float(miss[:half, nearest[name]].mean()))
     best, second = nearest[order[0]], nearest[order[1]]

@@ -15,14 +15,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 import hooks
-from interp import probe, seeds
+from interp import estimators, probe, seeds
 from interp.estimators.iterative import sums_before
-from interp.layers import lens, matching
-from interp.tasks.base import Batch, Task
+from interp.layers import lens, matching, symbols
+from interp.tasks.base import Batch, Task, TokenTask
 
-TARGETS = ("w", "w_ols", "Xty", "y", "direction", "label", "Xty_clean", "n_clean")
+TARGETS = ("w", "w_ols", "Xty", "y", "direction", "label", "Xty_clean", "n_clean", "table", "estimate", "row", "counts")
 """The task's variables that are probed for, where it has them."""
-PER_PROMPT = ("w", "direction")
+PER_PROMPT = ("w", "direction", "table")
 SUMS = "running sum"
 
 
@@ -44,6 +44,16 @@ class Subject:
         return self.task.metric.startswith("squared error")
 
     @property
+    def symbols(self) -> bool:
+        """Whether tokens are integers and predictions probabilities."""
+        return isinstance(self.task, TokenTask)
+
+    @property
+    def chain(self) -> bool:
+        """Whether there is a transition table: what counting estimators are about."""
+        return "table" in self.task.sample(1, torch.Generator(), n_pairs=1).truth
+
+    @property
     def linear(self) -> bool:
         """Whether there is a w: what least squares and its relatives are about."""
         return "w" in self.task.sample(1, torch.Generator(), n_pairs=1).truth
@@ -53,8 +63,8 @@ class Subject:
         """Pairs of the longest prompt: twice the task's, unless the model has a length."""
         limit = getattr(self.model.cfg, "n_ctx", None)
         wanted = 2 * self.task.n_pairs
-        joint = self.task.d_token > self.task.d
-        return wanted if limit is None else min(wanted, limit if joint else (limit + 1) // 2)
+        one_each = self.symbols or self.task.d_token > self.task.d
+        return wanted if limit is None else min(wanted, limit if one_each else (limit + 1) // 2)
 
     def sample(self, n: int, part: int, n_pairs: int) -> Batch:
         """``n`` prompts of this part of the stream, on the device."""
@@ -65,32 +75,78 @@ class Subject:
 class Lens:
     """Errors by block and prompt, and the scale and shift of the fit.
 
-    fitted, raw    with a scale and a shift for each prompt and block, and as the model would say it
+    fitted, raw    with a scale and a shift for each prompt and block (of symbols: for each block), and as the model
+                   would say it
     untrained      of random weights
     other_labels   against the labels of another w, fitted to them
     other_prompt   of the predictions for another prompt's queries
-    nothing        of a Gaussian feature, drawn: it knows nothing and has what the formula of the floor asks for
+    nothing        of a feature that knows nothing, fitted: Gaussian, drawn, of which the formula of the floor tells
+                   the mean; of symbols, the same at every position
     refit          whether all but ``raw`` are fitted. In classification none is: a feature that only tells a prompt's
                    two patterns apart would be turned the right way round by the labels of the fit
-    variance       that of the labels of each prompt ÷ scale
+    variance       that of the labels of each prompt ÷ scale; none for symbols
+    floor          what a feature that knows nothing has: by formula; chance; of symbols the mean of ``nothing``
+    scale, shift   of the fit, a column for each prompt; of symbols the scale, a column for each group of prompts
+    rivals         errors of the task's baselines at the same examples, by prompt; for symbols only
     """
 
-    forks: lens.Forks
     fitted: Float[Tensor, "block batch"]
     raw: Float[Tensor, "block batch"]
     untrained: Float[Tensor, "block batch"]
     other_labels: Float[Tensor, "block batch"]
     other_prompt: Float[Tensor, "block batch"]
     nothing: Float[Tensor, " batch"]
-    scale: Float[Tensor, "block batch"]
-    shift: Float[Tensor, "block batch"]
-    variance: Float[Tensor, " batch"]
+    scale: Float[Tensor, "block fit"]
+    shift: Float[Tensor, "block batch"] | None
+    variance: Float[Tensor, " batch"] | None
+    floor: float
     refit: bool
     profile: lens.Profile
+    rivals: dict[str, Float[Tensor, " batch"]]
 
 
 def through_lens(subject: Subject, n: int, m: int, queries: int) -> Lens:
-    """The lens on ``n`` prompts with m + ``queries`` queries each, and its floors."""
+    """The lens on ``n`` prompts with m + ``queries`` queries each, and its floors; of symbols, over the ``queries``
+    last of the examples 0 … k.
+    """
+    return _symbols_lens(subject, n, queries) if subject.symbols else _queries_lens(subject, n, m, queries)
+
+
+def _symbols_lens(subject: Subject, n: int, queries: int) -> Lens:
+    task, k = subject.task, subject.k
+    read = slice(max(0, k + 1 - queries), k + 1)
+    fitting, batch = (subject.sample(n, part, k + 1) for part in (4, 0))
+    asked = lens.asked(batch, read)
+
+    def error(log_p: Tensor, judged: Batch = asked) -> Tensor:
+        return lens.errors(task, log_p, judged).mean(-1)
+
+    goal = fitting.targets[:, read]
+    seen = {name: symbols.logits(getattr(subject, name), fitting)[:, :, read] for name in ("model", "untrained")}
+    own, fresh = (symbols.logits(getattr(subject, name), batch)[:, :, read] for name in seen)
+    fits = {name: symbols.calibrate(one, goal) for name, one in seen.items()}
+    blank = torch.zeros_like(own[:1])
+    nothing = error(symbols.calibrate(torch.zeros_like(seen["model"][:1]), goal)(blank))[0]
+    other = lens.asked(task.corrupt(batch, seeds.generator("corrupt", subject.seed)), read)
+    fitted = error(fits["model"](own))
+    return Lens(
+        fitted=fitted,
+        raw=error(own.log_softmax(-1)),
+        untrained=error(fits["untrained"](fresh)),
+        other_labels=error(fits["model"](own), other),
+        other_prompt=error(fits["model"](own.roll(1, dims=1))),
+        nothing=nothing,
+        scale=symbols.scales(seen["model"], goal),
+        shift=None,
+        variance=None,
+        floor=float(nothing.mean()),
+        refit=True,
+        profile=lens.profile(fitted, seed=subject.seed),
+        rivals={name: value[:, read].mean(-1) for name, value in task.baselines(batch.to("cpu")).items()},
+    )
+
+
+def _queries_lens(subject: Subject, n: int, m: int, queries: int) -> Lens:
     task = subject.task
     batch = subject.sample(n, 0, subject.k + m + queries)
     own = lens.forks(subject.model, batch, subject.k)
@@ -105,8 +161,8 @@ def through_lens(subject: Subject, n: int, m: int, queries: int) -> Lens:
     drawn = torch.randn(labels.shape, generator=seeds.generator("floor", subject.seed)).to(labels)
     fit = lens.affine(own.decoded, labels, m)
     fitted = error(own.decoded, labels)
+    variance = judged.targets.double().var(dim=1) / task.scale
     return Lens(
-        forks=own,
         fitted=fitted,
         raw=lens.errors(task, own.decoded[..., m:], judged).mean(-1),
         untrained=error(fresh.decoded, labels),
@@ -115,9 +171,11 @@ def through_lens(subject: Subject, n: int, m: int, queries: int) -> Lens:
         nothing=error(drawn[None], labels)[0],
         scale=fit.scale,
         shift=fit.shift,
-        variance=judged.targets.double().var(dim=1) / task.scale,
+        variance=variance,
+        floor=lens.floor(m) * float(variance.mean()) if subject.regression else 0.5,
         refit=subject.regression,
         profile=lens.profile(fitted, seed=subject.seed),
+        rivals={},
     )
 
 
@@ -140,15 +198,17 @@ def probes(subject: Subject, n: int) -> list[Probed]:
     """
     task, found = subject.task, []
     parts = probe.split(n, seed=subject.seed)
-    early = min(max(1, min(task.d - 1, subject.k // 2)), subject.k)
+    early = min(max(1, subject.k // 4 if subject.symbols else min(task.d - 1, subject.k // 2)), subject.k)
     batches = {k: subject.sample(n, part, k + 1) for part, k in enumerate(sorted({early, subject.k}), start=2)}
     drawn = {k: _targets(task, batch, k) for k, batch in batches.items()}
     # Without examples, sums over them are the same for every prompt: nothing that a probe could read.
     told = [name for name in drawn[early] if all(_varies(values[name]) for values in drawn.values())]
+    if not told:
+        return []
     for k, batch in batches.items():
         targets = {name: drawn[k][name] for name in told}
         own, fresh = (features(model, batch) for model in (subject.model, subject.untrained))
-        sums = torch.cat([sums_before(batch.y[..., None] * batch.x)[:, k], batch.x[:, k]], dim=1)
+        sums = _sums(subject, batch, k)
         width = min(subject.model.cfg.d_model, len(parts.train) // 4)
         for (kind, block), values in {(SUMS, -1): sums, **own}.items():
             every = probe.ridge(
@@ -172,7 +232,15 @@ def targets_of(task: Task) -> list[str]:
 def _targets(task: Task, batch: Batch, k: int) -> dict[str, Tensor]:
     """What the probes are asked for once ``k`` examples and a query have been read."""
     variables = {name: value for name, value in task.variables(batch).items() if name in TARGETS}
-    return {name: value if name in PER_PROMPT else value[:, k] for name, value in variables.items()}
+    at = {name: value if name in PER_PROMPT else value[:, k] for name, value in variables.items()}
+    return {name: value.flatten(1) if value.ndim > 1 else value for name, value in at.items()}
+
+
+def _sums(subject: Subject, batch: Batch, k: int) -> Float[Tensor, "batch feature"]:
+    """What adding up gives: Σ y x and the query; of symbols, how often each has come and which is read."""
+    if subject.symbols:
+        return symbols.sums(batch, k, subject.task.d_out)
+    return torch.cat([sums_before(batch.y[..., None] * batch.x)[:, k], batch.x[:, k]], dim=1)
 
 
 def _varies(values: Tensor) -> bool:
@@ -196,13 +264,14 @@ def features(model: Any, batch: Batch) -> dict[tuple[str, int], Float[Tensor, "b
 class Map:
     """Every block at every k, on the CPU: ``raw`` errors, and predictions ``calibrated`` to the labels' unit.
 
+    Of symbols, ``decoded`` is log p, and ``calibrated`` is p less that of one who knows nothing.
     ``trained``: number of k of the task itself; from there on prompts are longer than in training.
     """
 
     batch: Batch
-    decoded: Float[Tensor, "block batch n_pairs"]
+    decoded: Float[Tensor, "block batch n_pairs *symbol"]
     raw: Float[Tensor, "block batch n_pairs"]
-    calibrated: Float[Tensor, "block batch n_pairs"]
+    calibrated: Float[Tensor, "block batch n_pairs *symbol"]
     trained: int
 
     def within(self) -> Batch:
@@ -214,17 +283,32 @@ def error_map(subject: Subject, n: int) -> Map:
     """``n`` prompts of the longest length; the calibration is fitted on the first half of them and on trained k ≥ 1."""
     task, trained = subject.task, subject.task.n_pairs
     batch = subject.sample(n, 1, subject.longest)
-    decoded = lens.decode(subject.model, lens.along(subject.model, batch)).cpu()
-    batch = batch.to("cpu")
-    calibrated = lens.calibrated(decoded, batch.targets, slice(0, n // 2), slice(1, trained))
+    if subject.symbols:
+        given, batch = symbols.logits(subject.model, batch).cpu(), batch.to("cpu")
+        fit = symbols.calibrate(given[:, : n // 2, :trained], batch.targets[: n // 2, :trained])
+        decoded, calibrated = given.log_softmax(-1), fit(given).exp() - symbols.uniform(task, batch).exp()
+    else:
+        decoded = lens.decode(subject.model, lens.along(subject.model, batch)).cpu()
+        batch = batch.to("cpu")
+        calibrated = lens.calibrated(decoded, batch.targets, slice(0, n // 2), slice(1, trained))
     return Map(batch, decoded, lens.errors(task, decoded, batch), calibrated, trained)
+
+
+def candidates(subject: Subject, levels: Map) -> matching.Candidates | None:
+    """The algorithms that the task's answers could come from; none where it has neither a w nor a table, or a prompt
+    has no context.
+    """
+    if levels.trained < 2 or not (subject.linear or subject.chain):
+        return None
+    within = levels.within()
+    return matching.candidates(within) if subject.linear else symbols.candidates(subject.task, within)
 
 
 def matches(levels: Map, found: matching.Candidates | None, seed: int) -> list[matching.Match]:
     """Each block's nearest algorithm over the trained numbers of examples; none where nothing is matched."""
     if found is None or levels.trained < 2:
         return []
-    own = levels.calibrated[..., : levels.trained]
+    own = levels.calibrated[:, :, : levels.trained]
     return [matching.match(one, found, range(1, levels.trained), seed=seed) for one in own]
 
 
@@ -237,10 +321,23 @@ def matches_by_k(
     """
     if found is None or levels.trained < 2:
         return {}
-    own, last = levels.calibrated[..., : levels.trained], len(levels.calibrated) - 1
+    own, last = levels.calibrated[:, :, : levels.trained], len(levels.calibrated) - 1
     asked = [(block, k) for block in range(last) for k in ks if 0 < k < levels.trained]
     asked += [(last, k) for k in range(1, levels.trained)]
     return {(block, k): matching.match(own[block], found, [k], seed=seed) for block, k in asked}
+
+
+def elsewhere(subject: Subject, levels: Map) -> tuple[str, Tensor]:
+    """What least squares (of symbols: counting) finds on the same inputs with another w's labels (another chain's
+    symbols), in the unit of ``levels.calibrated``, and its name: nothing that the model could be near to.
+    """
+    task = subject.task
+    batch = task.corrupt(levels.within(), seeds.generator("corrupt", subject.seed))
+    if subject.linear:
+        return "least squares of another w's labels", estimators.build("ols")(batch)
+    rates = {name: task.config[name] for name in ("order", "beta", "n_symbols", "switch")}
+    counted = estimators.build("add_beta", **rates)(batch).exp()
+    return "counts of another chain's symbols", counted - symbols.uniform(task, batch).exp()
 
 
 def _other_labels(subject: Subject, batch: Batch) -> Float[Tensor, "batch n_pairs"]:

@@ -10,7 +10,7 @@ import pandas as pd
 from jaxtyping import Float
 from torch import Tensor
 
-from interp.layers import lens, matching
+from interp.layers import matching
 from interp.layers.readings import SUMS, Lens, Map, Probed, Subject
 from interp.stats import Interval, bootstrap
 
@@ -36,12 +36,15 @@ def lens_rows(seen: Lens, m: int) -> list[Row]:
         f"another prompt's predictions: error, {how}": seen.other_prompt,
     }
     rows = [
-        _row("lens", block, what, interval, setting=f"m = {m}")
+        _row("lens", block, what, interval, setting="" if seen.rivals else f"m = {m}")
         for what, values in named.items()
         for block, interval in enumerate(_each(values))
     ]
     for what, values in (("scale (median)", seen.scale), ("shift (median)", seen.shift)):
-        rows += [_row("lens", block, what, interval) for block, interval in enumerate(_each(values, median=True))]
+        if values is not None:
+            rows += [_row("lens", block, what, interval) for block, interval in enumerate(_each(values, median=True))]
+    for what, error in seen.rivals.items():
+        rows.append(_row("lens", -1, f"{what}: error", bootstrap(error.double().numpy())))
     for what, part in (("error", seen.profile.share), ("log error", seen.profile.factor)):
         for block, interval in enumerate(part.each(), start=1):
             rows.append(_row("profile", block, f"share of the decrease of the {what}", interval))
@@ -84,18 +87,20 @@ def map_rows(levels: Map, subject: Subject) -> list[Row]:
     ]
 
 
-def lens_arrays(seen: Lens, m: int) -> dict[str, np.ndarray]:
-    """``lens_*``, ``scale``, ``shift``, ``share``, ``factor``: (3, block), mean, low, high."""
+def lens_arrays(seen: Lens) -> dict[str, np.ndarray]:
+    """``lens_*``, ``scale``, ``shift``, ``share``, ``factor``: (3, block), mean, low, high; ``rivals`` by name."""
     profile = seen.profile
+    fit = {"scale": seen.scale} if seen.shift is None else {"scale": seen.scale, "shift": seen.shift}
     return {
+        **{name: _stack(_each(values, median=True)) for name, values in fit.items()},
+        "rivals": np.array(list(seen.rivals)),
+        "rival_errors": np.array([float(error.mean()) for error in seen.rivals.values()]),
         "lens_fitted": _stack(_each(seen.fitted)),
         "lens_raw": _stack(_each(seen.raw)),
         "lens_untrained": _stack(_each(seen.untrained)),
         "lens_other_labels": _stack(_each(seen.other_labels)),
-        "lens_floor": np.array(lens.floor(m) * float(seen.variance.mean()) if seen.refit else 0.5),
+        "lens_floor": np.array(seen.floor),
         "lens_refit": np.array(seen.refit),
-        "scale": _stack(_each(seen.scale, median=True)),
-        "shift": _stack(_each(seen.shift, median=True)),
         "share": _stack(profile.share.each()),
         "factor": _stack(profile.factor.each()),
         "profile_words": np.array([profile.words, profile.log_words]),
@@ -118,7 +123,9 @@ def probe_arrays(probes: list[Probed]) -> dict[str, np.ndarray]:
 def match_arrays(
     matches: list[matching.Match], by_k: ByK, found: matching.Candidates | None, levels: Map
 ) -> dict[str, np.ndarray]:
-    """``match`` (family, 3, block); for the last block ``match_by_k`` (family, 3, k − 1); GD and GD++ by step."""
+    """``match`` (family, 3, block); for the last block ``match_by_k`` (family, 3, k − 1); GD and GD++ by step, where
+    they are among the algorithms.
+    """
     if not matches or found is None:
         return {}
     families = list(matches[0].family)
@@ -135,8 +142,11 @@ def match_arrays(
         "match_by_k_best": np.array([one.best for one in last]),
         "match_by_k_setting": np.array([one.family[one.best][0] for one in last]),
         "match_by_k_clear": np.array([one.clear for one in last]),
-        "descent_gd": _descent(levels, found, ("GD", "fastest"), len(matches)),
-        "descent_gdpp": _descent(levels, found, ("GD++", "iterated"), len(matches)),
+        **{
+            name: _descent(levels, found, which, len(matches))
+            for name, which in {"descent_gd": ("GD", "fastest"), "descent_gdpp": ("GD++", "iterated")}.items()
+            if which[0] in found.family
+        },
     }
 
 

@@ -118,18 +118,21 @@ class Markov:
     def variables(self, batch: Batch) -> dict[str, Tensor]:
         """What a predictor could hold; entry k uses the k symbols before example k.
 
-        table   (batch, S^k, S)           the transition table of the last example's chain
-        row     (batch, n_pairs, S)       the true distribution of y_k given that it is a symbol
-        counts  (batch, n_pairs, S^k, S)  how often each symbol has followed each context since the chain began
-        chain   (batch, n_pairs)          the number of switches so far
+        table    (batch, S^k, S)           the transition table of the last example's chain
+        row      (batch, n_pairs, S)       the true distribution of y_k given that it is a symbol
+        counts   (batch, n_pairs, S^k, S)  how often each symbol has followed each context since the chain began
+        estimate (batch, n_pairs, S^k, S)  the transition table that these counts and the prior lead one to expect
+        chain    (batch, n_pairs)          the number of switches so far
         """
         y = batch.targets
         prompt = torch.arange(len(batch), device=y.device)
-        counts = [table.float() for table in tables(y, self.n_symbols, self.order)]
+        counts = torch.stack([table.float() for table in tables(y, self.n_symbols, self.order)], dim=1)
+        expected = counts + self.beta
         return {
             "table": batch.truth["table"][prompt, batch.truth["chain"][:, -1]],
             "row": self._rows(batch),
-            "counts": torch.stack(counts, dim=1),
+            "counts": counts,
+            "estimate": expected / expected.sum(dim=-1, keepdim=True),
             "chain": batch.truth["chain"],
         }
 

@@ -21,6 +21,7 @@ from interp.layers import lens, matching
 from interp.layers import readings as layers
 from interp.result import Result
 from interp.stats import Interval
+from interp.tasks.base import model_shape
 
 D, N_PAIRS, BLOCKS = 3, 9, 4
 
@@ -29,7 +30,7 @@ def checkpoint(folder: Path, architecture: str = "mamba", task: str = "linreg", 
     """A small untrained model with a card that tells the truth about it."""
     torch.manual_seed(0)
     asked = tasks.build(task, n_pairs=N_PAIRS, **options)
-    shape = {"d_model": 8, "n_layers": BLOCKS, "d_in": asked.d_token, "d_out": 1}
+    shape = {"d_model": 8, "n_layers": BLOCKS, **model_shape(asked)}
     model = models.build(architecture, **shape).eval()
     measured = {f"k={k}": row for k, row in evaluate.summary(model, asked).items()}
     path = folder / f"{architecture}-{task}.safetensors"
@@ -134,6 +135,8 @@ def test_a_row_of_the_lens_is_that_of_a_run_made_by_hand(result: Result, config:
         ("mamba", "linreg", {"d": D, "tokens": "joint"}, []),
         ("mamba", "outliers", {"d": 12, "M1": 3, "M2": 4}, ["the lens is not fitted", "no algorithm is matched"]),
         ("mamba", "decision_tree", {"d": D, "depth": 2}, ["no algorithm is matched"]),
+        ("mamba", "markov", {}, ["m is not used"]),
+        ("transformer", "mqar", {}, ["no recurrent state", "m is not used", "no algorithm", "no variable"]),
     ],
 )
 def test_what_a_model_or_task_does_not_have_is_left_out_and_said(
@@ -145,7 +148,7 @@ def test_what_a_model_or_task_does_not_have_is_left_out_and_said(
     assert all(note in said for note, said in zip(notes, found.provenance["notes"], strict=True))
     assert found.ok, [check for check in found.checks if not check.ok]
     assert probe_layers.plot(found).get_suptitle()
-    assert ("match" in set(found.table.part)) == (task == "linreg")
+    assert ("match" in set(found.table.part)) == (task in ("linreg", "markov"))
     assert found.table.what.str.startswith("state").any() == (architecture == "mamba")
 
 
