@@ -34,7 +34,8 @@ def checkpoint(folder: Path, architecture: str = "mamba", task: str = "linreg", 
     model = models.build(architecture, **shape).eval()
     measured = {f"k={k}": row for k, row in evaluate.summary(model, asked).items()}
     path = folder / f"{architecture}-{task}.safetensors"
-    models.save(model, path, {"task": task, "task_config": asked.config, "measured": {"model": measured}})
+    card = {"task": task, "task_config": asked.config, "measured": {"model": measured, "n": 1280}}
+    models.save(model, path, card)
     return path
 
 
