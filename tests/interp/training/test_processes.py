@@ -47,6 +47,7 @@ def together(count: int, body: Callable[[], object]) -> list[int | None]:
         AcceleratorState._reset_state(reset_partial_state=True)
         body()
         if torch.distributed.is_initialized():
+            torch.distributed.barrier()  # one that is done at once would leave while another is still connecting
             torch.distributed.destroy_process_group()
 
     fork = multiprocessing.get_context("fork")
