@@ -17,6 +17,9 @@ from torch import Tensor
 from hooks.edit import Change, Edit, Freeze, affine_map, region_of
 from hooks.errors import BadArgument
 
+FACTORED = 5
+"""Axes of ``hook_transition``, one more than those of ``hook_decay``."""
+
 
 class StateEdit:
     """One edit of h in one mixer, as the recurrence (``models/recurrence.py``) carries it out.
@@ -43,10 +46,17 @@ class StateEdit:
     def fold(self, decay: Tensor, write: Tensor) -> tuple[Tensor, Tensor]:
         """(m · decay, m · write + c) at the edited positions and channels; the tensors given are not written to."""
         self.fired()
+        return self.folded(decay, write)
+
+    def folded(self, decay: Tensor, write: Tensor) -> tuple[Tensor, Tensor]:
+        """What ``fold`` gives, for who only looks: like the three below it does not count as firing."""
         return self.kept(decay), self._affine(write, torch.zeros_like, added=True)
 
     def kept(self, decay: Tensor) -> Tensor:
-        """m · decay, or 1 where the edit freezes; like ``factor`` and ``offset`` it does not count as firing."""
+        """m · decay, or 1 where the edit freezes; also of the factors (batch, pos, d_inner, 3, n) of a transition."""
+        if decay.ndim == FACTORED:  # m ⊙ (a ⊙ h + u ⟨q, h⟩): the diagonal and the column are multiplied
+            diagonal, column, row = decay.unbind(-2)
+            return torch.stack([self.kept(diagonal), self.factor(column), row], dim=-2)
         return self._affine(decay, self._one, added=False)
 
     def factor(self, values: Tensor) -> Tensor:

@@ -6,10 +6,10 @@ included, while the layer runs:
     scan    y_t     −= C_t · (∏_{s<r≤t} ā_r) w_s      what is left at t of what s wrote, as t reads it
     taps    x_pre_t −= W[:, t − s] x_in_s             what the short convolution shows t of s
 
-Other targets read s as before, the state itself is not touched, and Δ, B, C and the gate of t change only through the
-taps. So a knocked-out source still acts on t in other ways: a token between the two sees s (through its own taps, or in
-an earlier layer) and t reads that token; and with a decay ā_s of its own s decides what t still has of earlier tokens.
-:func:`left` measures how much.
+In S4 each ā_r is a matrix. Other targets read s as before, the state itself is not touched, and Δ, B, C and the gate of
+t change only through the taps. So a knocked-out source still acts on t in other ways: a token between the two sees s
+(through its own taps, or in an earlier layer) and t reads that token; and with a decay ā_s of its own s decides what t
+still has of earlier tokens. :func:`left` measures how much.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from torch import Tensor
 import hooks
 from hooks.edit import Edit, derangement
 from hooks.errors import BadArgument
+from hooks.point import state_edits
 from hooks.propagate import StateEdit
 from interp import stats
 from interp.arguments import one_of, whole_number
@@ -50,7 +51,9 @@ def knock_out(
     decays up to the last of them.
 
     Other edits of the same sites act first where they are made first: put this block innermost. Edits of ``hook_state``
-    that fold into decay and write (``do_state``, ``freeze`` …) are reckoned with, others are refused in the run.
+    that are a factor and an offset (``do_state``, ``scale``, ``freeze`` …) are reckoned with whatever the transition,
+    wherever they are made: what one puts into h_s counts as written by s. Others are refused in the run. One with
+    ``readout_only`` is not seen: the pairs are taken out as t reads them without it.
     Raises :class:`BadArgument` for a target before its source, an empty list, and a model that lacks a site, which it
     names.
     """
@@ -208,14 +211,14 @@ class _Scan:
 
     def _as_run(self, forgets: Tensor, write: Tensor) -> tuple[Tensor, Tensor]:
         """With the edits of the state that come after both sites have fired."""
-        edits: Sequence[StateEdit] = getattr(self.state, "interrupts", ())
+        edits: Sequence[StateEdit] = () if self.state is None else state_edits(self.state)
         for edit in edits:
-            if not edit.folds or self.forgets != "hook_decay":
+            if not edit.folds:
                 raise BadArgument(
-                    f"{edit.edit.label} at {edit.site} does not fold into decays: knock_out cannot follow it"
+                    f"{edit.edit.label} at {edit.site} does not fold into {self.forgets} and hook_write, so that "
+                    "knock_out cannot follow it: use a factor and an offset (scale, add, set_to, do_state, freeze)"
                 )
-            # A copy that counts for nothing: the recurrence carries the edit out itself.
-            forgets, write = StateEdit(edit.edit, edit.site, edit.parts, lambda: None).fold(forgets, write)
+            forgets, write = edit.folded(forgets, write)
         return forgets, write
 
     def _advance(self, forgets: Tensor, carried: Tensor) -> Tensor:

@@ -257,11 +257,7 @@ def observe(
         assert added is not None
         write, added = edit.factor(write), edit.factor(added) + edit.offset(added)
         each = None if each is None else edit.factor(each)
-        if decay.ndim == write.ndim:
-            decay = edit.kept(decay)
-        else:  # m ⊙ (a ⊙ h + u ⟨q, h⟩): the diagonal and the column are multiplied
-            diagonal, column, row = decay.unbind(-2)
-            decay = torch.stack([edit.kept(diagonal), edit.factor(column), row], dim=-2)
+        decay = edit.kept(decay)
     return Recurrence(
         x=seen["hook_x"].to(write.dtype),
         decay=decay,

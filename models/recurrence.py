@@ -30,7 +30,7 @@ def recurrence(
     """All states (batch, pos, d_inner, n), with the ``edits`` that a ``hook_state`` point holds carried out in order.
 
     ``run`` is the scan of one segment. ``elementwise`` says whether ``decay`` multiplies the state entry by entry;
-    where it does not (factors of a transition matrix), no edit folds into it and each interrupts.
+    where it does not (factors of a transition matrix), no edit is folded into it and each interrupts.
     """
     length = decay.shape[1]
     waiting: list[tuple[StateEdit, set[int]]] = []

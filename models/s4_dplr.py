@@ -21,7 +21,7 @@ u = 0 keeps it as it is. ``hook_delta_decay`` is the Δ of Ā and ``hook_delta_w
 Two paths, one function: a causal convolution with the exact response of the length that is asked for
 (``models/scan/dplr.py``; the Cauchy kernel where it is longer than ``CAUCHY``), or token by token where an edit makes Δ
 vary, where its gradient at each token is wanted, or where a 4-D site is watched. An edit of ``hook_state`` interrupts
-the recurrence at its positions, since none folds into this transition.
+the recurrence at its positions: none is folded into the factors.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from interp import patch
 from interp.knockout import _carried, _no_nan, _times, through_taps
 from tests.hooks.conftest import build, left_on
 from tests.interp.planted import ANSWER, DECOY, LENGTH, last, one_path, prompts
+from tests.models.dense_s4 import dense
 
 SHAPE: dict[str, Any] = {"d_model": 8, "n_layers": 2, "d_in": 5, "d_out": 2}
 ALL = ["mamba", "lti", "s4d", "linear_attention", "s4"]
@@ -24,8 +25,6 @@ PAIRS = [(0, 3), (1, 3), (1, 6), (3, 6), (4, 4), (2, 8)]
 def make(variant: str) -> Any:
     if variant == "linear_attention":
         return models.build(variant, **SHAPE, n_heads=2, d_conv=3).double().eval()
-    if variant == "s4":
-        return models.build(variant, **SHAPE, d_state=3).double().eval()
     return build(variant)
 
 
@@ -106,8 +105,141 @@ def test_any_pairs_are_the_double_sum_over_pairs(per_prompt: bool, x: Tensor) ->
     assert (found - site["hook_y"])[mask.any(1)].abs().amax(-1).min() > 1e-9
 
 
+DRAWN = torch.randn(4, 2, 1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+Changes = list[tuple[str, list[int], list[int] | None, Any]]
+STATE_EDITS: dict[str, dict[int, Changes]] = {
+    "do_state": {0: [("set", [2, 5], None, DRAWN)], 1: [("set", [6, 3], [1, 4], DRAWN)]},
+    "freeze": {0: [("freeze", [4], None, 0.0)], 1: [("freeze", [1, 6], [0, 3], 0.0), ("freeze", [7], None, 0.0)]},
+    "scale and add": {1: [("scale", [3, 7], None, -0.5), ("add", [3], [1, 2], 0.3)]},
+    "several at one token": {
+        0: [("add", [3], None, 0.3), ("freeze", [3, 5], None, 0.0), ("scale", [3], [2], 2.0)],
+        1: [("set", [4], None, 0.7), ("scale", [4, 5], None, 0.5)],
+    },
+}
+"""(what, positions, channels, value) in each layer, in order."""
+
+
+def as_edits(plan: dict[int, Changes], ramp: Tensor) -> list[Any]:
+    """The plan for ``hooks.edit``: what is put into a state is ``ramp`` times its value, one number after the other."""
+    found: list[Any] = []
+    for layer, changes in plan.items():
+        for what, pos, channels, value in changes:
+            if what == "set":
+                found.append(hooks.do_state(layer, pos, value * ramp, channels))
+                continue
+            edit = {
+                "add": hooks.add(value * ramp, pos=pos, channels=channels),
+                "scale": hooks.scale(value, pos=pos, channels=channels),
+                "freeze": hooks.freeze(pos=pos, channels=channels),
+            }[what]
+            found.append({f"blocks.{layer}.mixer.hook_state": edit})
+    return found
+
+
+def dense_of(model: Any, variant: str, layer: int, site: dict[str, Tensor], ramp: Tensor) -> tuple[Tensor, ...]:
+    """Transitions (batch, pos, d, n, n), writes and read-outs (batch, pos, d, n), and the ramp, all complex."""
+    mixer, x = model.blocks[layer].mixer, site["hook_x"]
+    if variant == "mamba":
+        C = site["hook_C"][:, :, None].expand(-1, -1, x.shape[-1], -1)
+        return tuple(part + 0j for part in (torch.diag_embed(site["hook_decay"]), site["hook_write"], C, ramp))
+    decay, write, ramp = (
+        torch.complex(*part.chunk(2, -1)) for part in (site.get("hook_decay", ramp), site["hook_write"], ramp)
+    )
+    if variant == "s4d":
+        C = 2 * torch.view_as_complex(mixer.C.detach())
+        return torch.diag_embed(decay), write, C.expand_as(write), ramp
+    # Of each state and its conjugate, by the definition of Ā from the weights.
+    step, gain, C = (torch.from_numpy(part) for part in dense(mixer))
+    both = torch.cat([ramp, ramp.conj()])
+    return step.expand(*x.shape, -1, -1), gain * x[..., None], C.expand(*x.shape, -1), both
+
+
+def by_hand(operands: tuple[Tensor, ...], changes: Changes, mask: Tensor) -> Tensor:
+    """``hook_y`` without the pairs of ``mask``: each source's edited write by itself, carried on by edited matrices."""
+    step, write, C, ramp = (part.clone() for part in operands)
+    for what, pos, channels, value in changes:
+        at: Any = slice(None) if channels is None else channels
+        for i, t in enumerate(pos):
+            kept = {"set": 0.0, "add": 1.0, "scale": value, "freeze": 0.0}[what]
+            step[:, t, at], write[:, t, at] = kept * step[:, t, at], kept * write[:, t, at]
+            if what == "freeze":
+                step[:, t, at] = torch.eye(step.shape[-1], dtype=step.dtype)
+            elif what != "scale":
+                write[:, t, at] += (value[:, i] if isinstance(value, Tensor) else value) * ramp
+    y = torch.zeros(C.shape[:3], dtype=torch.float64)
+    for s in range(9):
+        h = write[:, s]
+        for t in range(s, 9):
+            h = h if t == s else (step[:, t] @ h[..., None])[..., 0]
+            y[:, t] += torch.where(mask[:, s, t, None], 0, (C[:, t] * h).sum(-1).real)
+    return y
+
+
+@pytest.mark.definition
+@pytest.mark.parametrize("variant", ["mamba", "s4d", "s4"])
+@pytest.mark.parametrize("name", STATE_EDITS)
+def test_under_edits_of_the_state_it_is_the_product_of_the_edited_matrices(name: str, variant: str, x: Tensor) -> None:
+    """Any pairs, in both layers; what an edit puts into h_s is taken out with what s wrote."""
+    model, plan = build(variant), STATE_EDITS[name]
+    mask = (torch.rand(4, 9, 9, generator=torch.Generator().manual_seed(2)) < 0.4).triu()
+    ramp = torch.linspace(1, 2, 4 if variant == "mamba" else 8, dtype=torch.float64)
+    edits, cut = as_edits(plan, ramp), patch.knock_out(model, mask, inside="scan")
+    expected: dict[str, Any] = {"hook_embed": hooks.scale(1.0)}
+    with torch.no_grad():
+        for layer in range(2):
+            with hooks.edit(model, expected):
+                site = states_of(model, layer, x)
+            y = by_hand(dense_of(model, variant, layer, site, ramp), plan.get(layer, []), mask)
+            expected[f"blocks.{layer}.mixer.hook_y"] = hooks.set_to(y)
+        with hooks.edit(model, expected):
+            right = model(x)
+        with hooks.edit(model, edits):
+            clean = model(x)
+            with hooks.edit(model, cut):
+                torch.testing.assert_close(model(x), right, rtol=1e-10, atol=1e-11)
+        with hooks.edit(model, cut):
+            without = model(x)
+            with hooks.edit(model, edits):  # the state comes after what is looked at, whoever is inside
+                torch.testing.assert_close(model(x), right, rtol=1e-10, atol=1e-11)
+    assert (right - clean).abs().max() > 1e-2 and (right - without).abs().max() > 1e-2
+    assert left_on(model) == []
+
+
+@pytest.mark.edit
+@pytest.mark.parametrize("variant", ["mamba", "s4"])
+def test_looking_at_an_edit_of_the_state_does_not_count_as_firing(variant: str, x: Tensor) -> None:
+    model, counts = build(variant), []
+    for cut in (patch.knock_out(model, [(2, 7)], 0, "scan"), {"hook_embed": torch.clone}):
+        with hooks.edit(model, hooks.do_state(0, 4, 0.3)) as made, hooks.edit(model, cut):
+            model(x)
+        counts.append(dict(made.fired))
+    assert counts[0] == counts[1] != {}
+
+
+@pytest.mark.contract
+@pytest.mark.parametrize("variant", ["mamba", "s4d", "s4"])
+def test_edits_of_the_state_that_are_no_factor_are_refused_in_the_run(variant: str, x: Tensor) -> None:
+    model, site = build(variant), "blocks.0.mixer.hook_state"
+    edits = {"tanh": torch.tanh, "resample": hooks.resample(pos=3), "mean": hooks.mean("batch", pos=3)}
+    if variant != "mamba":  # not the same factor for the real and the imaginary part of one state
+        edits["scale"] = hooks.scale(torch.linspace(0, 1, 8), pos=3)
+    transition = "hook_transition" if variant == "s4" else "hook_decay"
+    for label, edit in edits.items():
+        message = rf"{label}.* at blocks\.0\.mixer\.hook_state does not fold into {transition}"
+        with (
+            pytest.raises(BadArgument, match=message) as error,
+            hooks.edit(model, {site: edit}),
+            hooks.edit(model, patch.knock_out(model, [(2, 7)], 0, "scan")),
+        ):
+            model(x)
+        assert "\n" not in str(error.value)
+        with hooks.edit(model, {site: edit}), hooks.edit(model, patch.knock_out(model, [(2, 7)], 1, "scan")):
+            model(x)  # in another layer than the pairs it may be anything
+    assert left_on(model) == []
+
+
 @pytest.mark.law
-@pytest.mark.parametrize("variant", ["mamba", "s4d"])
+@pytest.mark.parametrize("variant", ["mamba", "s4d", "s4"])
 def test_edits_of_the_state_are_reckoned_with(variant: str, x: Tensor) -> None:
     """do(h_4 := v) cuts what was written before it off; frozen tokens neither forget nor write."""
     model, name = build(variant), "blocks.0.mixer.hook_y"
@@ -122,12 +254,6 @@ def test_edits_of_the_state_are_reckoned_with(variant: str, x: Tensor) -> None:
     with hooks.edit(model, freeze):
         frozen = under(model, patch.knock_out(model, [(s, 7) for s in range(8)], 0, "scan"), x, name)
         assert frozen[:, 7].abs().max() < 1e-12
-    with (
-        pytest.raises(BadArgument, match="does not fold"),
-        hooks.edit(model, {"blocks.0.mixer.hook_state": torch.tanh}),
-        hooks.edit(model, patch.knock_out(model, [(2, 7)], 0, "scan")),
-    ):
-        model(x)
     assert left_on(model) == []
 
 

@@ -65,7 +65,7 @@ def test_in_a_linear_model_each_effect_is_its_closed_form() -> None:
 
 
 @pytest.mark.edit
-@pytest.mark.parametrize("variant", ["mamba", "lti", "s4d"])
+@pytest.mark.parametrize("variant", ["mamba", "lti", "s4d", "s4"])
 def test_a_patch_is_the_edit_with_the_clean_runs_value(variant: str, x: Tensor) -> None:
     """Also where the run starts at the patched layer."""
     model, clean, corrupted = build(variant), x, x.roll(1, 0)
@@ -86,10 +86,10 @@ def test_a_patch_is_the_edit_with_the_clean_runs_value(variant: str, x: Tensor) 
 
 
 @pytest.mark.law
-@pytest.mark.parametrize("variant", ["mamba", "lti", "s4d", "linear_attention", "transformer"])
+@pytest.mark.parametrize("variant", ["mamba", "lti", "s4d", "s4", "linear_attention", "transformer"])
 def test_a_run_patched_from_itself_changes_no_bit(variant: str, x: Tensor) -> None:
     shape: dict[str, Any] = {"d_model": 8, "n_layers": 2, "n_heads": 2, "d_in": 5, "d_out": 1}
-    model = build(variant) if variant in ("mamba", "lti", "s4d") else models.build(variant, **shape)
+    model = build(variant) if variant in ("mamba", "lti", "s4d", "s4") else models.build(variant, **shape)
     model, x = model.float().eval(), x.float()
     found = patch.patched(model, x, x, "*", last, positions=[1])
     assert torch.equal(found.values, found.clean.expand_as(found.values))

@@ -15,7 +15,7 @@ from interp import patch
 from tests.hooks.conftest import build, left_on
 from tests.interp.planted import ANSWER, LENGTH, Linear, last, one_path, prompts
 
-VARIANTS = ["mamba", "lti", "s4d", "linear_attention"]
+VARIANTS = ["mamba", "lti", "s4d", "s4", "linear_attention"]
 
 
 def make(variant: str) -> Any:
@@ -63,11 +63,24 @@ def test_the_two_ends_are_runs_of_whole_prompts(variant: str, pair: tuple[Tensor
     assert float(recovered.mean) == pytest.approx(1, abs=1e-10)
 
 
+@pytest.mark.law
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_swapped_state_is_a_patched_one(variant: str, pair: tuple[Tensor, Tensor]) -> None:
+    """h of the last layer after token 4: given to a run that goes on from there, or put into a whole run."""
+    model, (first, second) = make(variant), pair
+    swapped = last(patch.swap_states(model, first, second, 5, parts=("h",), layers=1))
+    found = patch.patched(model, first, second, "blocks.1.mixer.hook_state", last, positions=[4])
+    torch.testing.assert_close(found.values[0], swapped, rtol=1e-9, atol=1e-11)
+    assert (found.values[0] - found.corrupted).abs().max() > 1e-4
+
+
 @pytest.mark.edit
-@pytest.mark.parametrize("part", ["h", "conv"])
-def test_a_part_in_a_layer_is_that_tensor_and_no_other(part: str, pair: tuple[Tensor, Tensor]) -> None:
+@pytest.mark.parametrize(
+    ("variant", "part"), [*((variant, "h") for variant in VARIANTS), ("mamba", "conv"), ("linear_attention", "conv")]
+)
+def test_a_part_in_a_layer_is_that_tensor_and_no_other(variant: str, part: str, pair: tuple[Tensor, Tensor]) -> None:
     """The same swap as an edit of the site at which the state enters."""
-    model, (first, second) = build("mamba"), pair
+    model, (first, second) = make(variant), pair
     with torch.no_grad():
         _, one = model(first[:, :4], return_state=True)
         _, two = model(second[:, :4], return_state=True)
@@ -94,8 +107,9 @@ def test_the_part_that_carries_the_answer_is_found(way: str, carrier: str, decoy
 
 
 @pytest.mark.contract
-def test_a_state_of_one_part_has_no_row_for_the_other(pair: tuple[Tensor, Tensor]) -> None:
-    table = patch.swap_table(build("s4d"), *pair, [2, 6], last, by_layer=False)
+@pytest.mark.parametrize("variant", ["s4d", "s4"])
+def test_a_state_of_one_part_has_no_row_for_the_other(variant: str, pair: tuple[Tensor, Tensor]) -> None:
+    table = patch.swap_table(build(variant), *pair, [2, 6], last, by_layer=False)
     assert table[["at", "part"]].to_numpy().tolist() == [[2, "h"], [6, "h"]]
     assert table["layer"].isna().all() and list(table["n"]) == [20, 20]
 
