@@ -90,7 +90,7 @@ class Decorated(ast.NodeTransformer):
 
 
 def checked(thing: Any) -> Any:
-    """A function with arguments and result checked at each call; a dataclass with its fields checked when it is made."""
+    """A function with arguments and result checked at each call; a dataclass with its fields checked when made."""
     if isinstance(thing, type):
         if dataclasses.is_dataclass(thing) and not hasattr(thing.__init__, "__wrapped__"):
             thing.__init__ = _checked(thing.__init__)  # type: ignore[method-assign]
