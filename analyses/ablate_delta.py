@@ -6,8 +6,8 @@ Estimand   the change of in-context error, for each number of examples k and eac
            schedule, drops the content), by its mean over each kind of token (x and y apart), by
            another prompt's, by 0 at the tokens of one kind (freeze: neither written nor forgotten),
            by c times itself. In all layers at once, in each alone, and in one of Δ's two roles alone
-           (forgetting, writing). Means come from reference prompts that are not evaluated. Beside
-           it: the nested shares of the variance of log Δ
+           (forgetting, writing; the mean also in each layer). Means come from reference prompts
+           that are not evaluated. Beside it: the nested shares of the variance of log Δ
 Controls   the identity edit; the same modes on the output gate, on B and on C; the channels whose Δ
            has most content variance against as many random ones; noise on Δ matched in size and
            token kind; the untrained model; the time-invariant twin and S4D; predictions scored on

@@ -88,7 +88,8 @@ def cells_of(
 ) -> list[Cell]:
     """The cells of a Δ ablation: each mode in all layers, in each of ``layers`` alone, and in all layers by role.
 
-    Then the same modes on B, C and the output gate in all layers, and ``mean`` in each layer alone.
+    Then the same modes on B, C and the output gate in all layers. ``mean`` by role, and on B, C and the gate, is also
+    in each layer alone.
     ``kinds`` are those of the prompts' tokens. ``modes`` and ``layers`` pick from what there is; empty means all.
     Signals that the model lacks are left out (``lacking`` names them). Raises :class:`BadArgument` for a mode or a
     layer that there is not, and where nothing is left.
@@ -109,7 +110,8 @@ def cells_of(
         if has(model, signal):
             plain = "mean" if mode == ALL_MEAN else mode
             cells += [Cell(plain, signal, "both", place) for place in places]
-            cells += [Cell(plain, signal, role) for role in ROLES if role != "both"]
+            alone = places if mode == "mean" else [None]
+            cells += [Cell(plain, signal, role, place) for role in ROLES if role != "both" for place in alone]
     for signal in ("B", "C", "gate"):
         if has(model, signal):
             for mode in (m for m in chosen if m != ALL_MEAN):

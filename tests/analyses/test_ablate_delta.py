@@ -68,7 +68,7 @@ def test_table_holds_every_cell_with_interval_and_n(result: Result) -> None:
     for mode in modes:
         for role in ("both", "decay", "write"):
             rows = delta[(delta["mode"] == mode) & (delta.role == role)]
-            assert set(rows.layer) == ({"all", "0", "1"} if role == "both" else {"all"})
+            assert set(rows.layer) == ({"all", "0", "1"} if role == "both" or mode == "mean" else {"all"})
             assert set(rows.k) == {"2", "4", "8", "mean"}
     assert {"B", "C", "gate", "control"} <= set(own.signal)
     assert {"untrained", "ols", "ridge", "averaging", "knn", "zero"} <= set(table.model)
