@@ -8,10 +8,11 @@ Estimand   error at the clean query against the share α of contaminated context
            value, forgetting and output gate by Shapley values over 32 exchanges; the selection gate G (write × later
            decays) against closeness. Then what becomes of prediction and error when the outliers' Δ or output gate is
            put at the clean mean, the clean ones' at the outliers', each of Δ, gate, x, (B, C) at the twin's own value,
-           and when outliers are knocked out of the scan, of the convolution's taps, of both
+           and when outliers are knocked out of the scan, of the convolution's taps, of both; and the share of the
+           error that outliers cause which each of these undoes (1: as good as clean examples in the outliers' place)
 Controls   as many random clean examples edited in the same way; the outliers' own mean; the identity edit; the
-           untrained model; shuffled outlier flags; the vote over examples with the query's pattern, the oracle that
-           knows the outliers, and chance
+           untrained model; shuffled outlier flags; the prompts without their outliers; the vote over examples with the
+           query's pattern, the oracle that knows the outliers, and chance
 Not shown  other trainings of these models: intervals are over prompts. First-order parts hold the rest of the network
            at its slope, and leave out what reaches the query by the residual stream and D x; the gap is in the table
 Cost       20 seconds with 256 prompts and 2 idle cores
@@ -340,7 +341,7 @@ def _exposed(model: Root, batch: Batch) -> Tensor | None:
 
 
 def plot(result: Result) -> Figure:
-    """Error against α; placement; votes, their split, the gate; what the interventions change."""
+    """Error against α; placement, else what knock-outs undo; votes, their split, the gate; what edits change."""
     from interp.outliers.figure import figure
 
     return figure(result)

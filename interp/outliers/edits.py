@@ -9,16 +9,18 @@
 
 in all layers at once. Means come from other prompts. Each edit has a *whole* that its recovery is measured against:
 the prompt in which the same examples really are what the edit pretends (the twins in the outliers' place, the clean
-examples contaminated, the examples left out). Recovery is the slope of f_edit − f on f_whole − f over prompts, f the
-prediction: 1 where the edit does all that the real change does, 0 where it does nothing. Examples can be left out only
-where every prompt has equally many of them.
+examples contaminated, the examples left out: each prompt shorter by as many as it has of them). Recovery is the slope
+of f_edit − f on f_whole − f over prompts, f the prediction: 1 where the edit does all that the real change does, 0
+where it does nothing.
+
+Recovery says whether the edit acts as the real change, not whether that helps. The *share of the outliers' error that
+is undone* says that, with one denominator for all edits (:func:`undone`).
 
 Controls: as many random clean examples get the same edit; the outliers get their own mean; nothing is changed.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -28,11 +30,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 import hooks
+from hooks.errors import BadArgument
 from interp import seeds
 from interp.ablation.controls import has_taps
 from interp.knockout import between, knock_out
-from interp.outliers.prompts import Examples, Prompts, as_many, equally_many, tokens_each, tokens_of
-from interp.tasks.base import Batch, at_the_query
+from interp.outliers.prompts import Examples, Prompts, as_many, tokens_each, tokens_of
+from interp.outliers.rows import ENOUGH
+from interp.stats import Interval, bootstrap, ratio
+from interp.tasks.base import Batch, outputs
 
 GATES = {"Δ": "hook_delta", "output gate": "hook_gate"}
 ROLES = {"Δ, writing": "hook_delta_write", "Δ, forgetting": "hook_delta_decay"}
@@ -48,7 +53,7 @@ class Intervention:
 
     name: str
     edits: Edits
-    whole: Batch | None
+    whole: Batch
     control: bool = False
 
 
@@ -141,6 +146,42 @@ def lacking(model: Any) -> list[str]:
     return lines
 
 
+def undefined(prompts: Prompts) -> list[str]:
+    """What these interventions cannot do on these prompts, whatever the model, one line each."""
+    outlier, clean = prompts.outlier, prompts.context & ~prompts.outlier
+    if not bool(outlier.any()):
+        return []
+    if not bool(clean.any()):
+        return ["these prompts have no clean examples: there is no mean to put at outliers, and no control of as many"]
+    fewer = int((clean.sum(1) < outlier.sum(1)).sum())
+    if not fewer:
+        return []
+    return [f"as many clean: {fewer} of {len(outlier)} prompts have fewer than outliers, and all of theirs are edited"]
+
+
+def undone(after: Float[Tensor, "n"], before: Float[Tensor, "n"], clean: Float[Tensor, "n"]) -> Interval:
+    """The share of the error that outliers cause which an edit undoes, by the errors of the same prompts.
+
+        Σ (e_before − e_after) / Σ (e_before − e_clean)
+
+    over prompts, ``clean`` those with their outliers replaced by their twins: in regression the examples drawn in their
+    place, with the prompt's own w; where only inputs are contaminated the twins keep the label, a wrong one too. 1
+    where the edit is as good as clean examples, 0 where it does nothing, negative where it does harm. Examples
+    that are gone do not become clean ones: what the real prompt without the outliers undoes is as far as a knock-out
+    can be expected to come.
+
+    Raises :class:`BadArgument` where outliers cause no error that can be told from 0, the interval of the sum below the
+    line holding 0, or cause it in fewer than ``ENOUGH`` prompts.
+    """
+    cost = bootstrap(before - clean)
+    if float(cost.low) <= 0:
+        seen = f"{float(cost.mean):.3g} [{float(cost.low):.3g}, {float(cost.high):.3g}]"
+        raise BadArgument(f"outliers raise the error by {seen}, not surely above 0: there is nothing to undo")
+    if (some := int((before != clean).sum())) < ENOUGH:
+        raise BadArgument(f"outliers change the error of {some} prompts, and at least {ENOUGH} are needed")
+    return ratio(before - after, before - clean)
+
+
 def run(model: Any, batch: Batch, edits: Edits | None = None) -> Float[Tensor, "batch"]:
     """The prediction at the query of every prompt, under these edits."""
     if edits is None:
@@ -151,9 +192,9 @@ def run(model: Any, batch: Batch, edits: Edits | None = None) -> Float[Tensor, "
 
 def _predict(model: Any, batch: Batch) -> Float[Tensor, "batch"]:
     # All prompts in one forward: the masks are those of the whole batch.
-    fitted = dataclasses.replace(batch, tokens=batch.tokens.to(next(model.parameters())))
     with torch.no_grad():
-        return at_the_query(model, fitted, 1)[:, 0].cpu()
+        said = outputs(model, batch.tokens.to(next(model.parameters())), 1)[..., 0].cpu()
+    return said.gather(1, batch.read[..., -1:].cpu().expand(len(said), 1))[:, 0]
 
 
 def _from_twins(model: Any, prompts: Prompts, twins: Batch) -> list[Intervention]:
@@ -181,7 +222,7 @@ def _knock_outs(model: Any, prompts: Prompts, examples: Examples, label: str, co
         return []
     at = tokens_of(prompts.batch, examples)
     pairs = between(at, torch.ones_like(at), at.shape[1])
-    whole = prompts.without(examples) if equally_many(examples) else None
+    whole = prompts.without(examples)
     ways: dict[str, tuple[str, ...]] = {"the scan": ("scan",)}
     if has_taps(model) and "hook_x_pre" in kinds:
         ways |= {"the taps": ("taps",), "both": ("scan", "taps")}

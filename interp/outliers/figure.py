@@ -10,7 +10,7 @@ import numpy as np
 from interp import plot as draw
 from interp.outliers.edits import FROM_TWINS
 from interp.outliers.factors import FACTORS
-from interp.outliers.parts import GATED
+from interp.outliers.parts import GATED, LEFT_OUT, UNDONE
 from interp.result import Result
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ FLOOR = 1e-4
 
 
 def figure(result: Result) -> Figure:
-    """Error against α; placement; votes, their split, the gate; what the interventions change."""
+    """Error against α; placement, else what knock-outs undo; votes, their split, the gate; what edits change."""
     whole, panels = draw.grid([(1.25, 1.1, 1.0), (1.15, 0.95, 1.3)], (4.0, 5.0), width=15.0)
     for panel, fill in zip(panels, (_curve, _placement, _votes, _shares, _gates, _uses), strict=True):
         why = fill(panel, result)
@@ -41,10 +41,11 @@ def figure(result: Result) -> Figure:
             panel.text(0.5, 0.5, _wrapped(why), ha="center", va="center", transform=panel.transAxes, fontsize=8)
             panel.set_axis_off()
     config, name = result.config, draw.called(result.config["model"])
+    placed = f"b: α = {config['alpha']:g}. c to f" if "placement" in set(result.table.part) else "b to f"
     whole.suptitle(_title(result), fontsize=11)
     whole.supxlabel(
         f"n = {config['prompts']} prompts; intervals: 95 %, Wilson for rates of errors, else bootstrap over prompts. "
-        f"b: α = {config['alpha']:g}. c to f: {name}, α = {config['alpha']:g}, {_rule(result)}; "
+        f"{placed}: {name}, α = {config['alpha']:g}, {_rule(result)}; "
         f"c to e: layer {_layer(result)}. Hand-set models are references, not trained",
         fontsize=7.5,
         color="0.35",
@@ -79,13 +80,28 @@ def _curve(axes: Axes, result: Result) -> str:
 def _placement(axes: Axes, result: Result) -> str:
     rows = result.table[result.table.part == "placement"]
     if rows.empty:
-        return "this task has no placement"
+        return _knock_outs(axes, result)
     names = [*result.config["models"], *(b for b in BASELINES if b in set(rows.model))]
     groups = {place: _columns(rows[rows.condition == place].set_index("model"), names) for place in PLACES}
     draw.dots(axes, [BASELINES.get(name, name) for name in names], groups)
     axes.tick_params(axis="y", labelsize=7.5)
     axes.set_xlabel(f"error at α = {result.config['alpha']:g}, by where the outliers stand")
     axes.legend(frameon=False, fontsize=7, title="from the query", title_fontsize=7)
+    return ""
+
+
+def _knock_outs(axes: Axes, result: Result) -> str:
+    """The share of the outliers' error that knock-outs undo, for a task without placement."""
+    rows = _undone_rows(result)
+    if rows.empty:
+        return _skipped(result, "no outliers to knock out", (UNDONE, "interventions"))
+    controls = set(rows[rows.group == "control"].index)
+    names = [name for name in rows.index if " out of " in name or "frozen" in name] + [LEFT_OUT]
+    shown = [f"({name})" if name in controls else name for name in names]
+    draw.dots(axes, shown, {str(result.config["model"]): _columns(rows, names)}, zero=0.0)
+    axes.axvline(1, color="0.45", linewidth=1.2, linestyle=":", zorder=0)
+    axes.tick_params(axis="y", labelsize=7.5)
+    axes.set_xlabel("share of the outliers' error undone\n(dotted: clean in their place); controls in brackets")
     return ""
 
 
@@ -98,6 +114,7 @@ def _votes(axes: Axes, result: Result) -> str:
     length = next(iter(found.values())).shape[1]
     draw.curves(axes, np.arange(1, length + 1), {g: tuple(line) for g, line in found.items()}, floor=None)
     axes.axhline(0, color="0.45", linewidth=1.0, linestyle="--", zorder=0)
+    axes.locator_params(axis="x", integer=True)
     axes.set_xlabel("place, counted back from the query")
     axes.set_ylabel("vote for its own label: what is lost\nof the prediction if it is left out")
     axes.legend(frameon=False, fontsize=7)
@@ -118,7 +135,7 @@ def _shares(axes: Axes, result: Result) -> str:
     draw.bars(axes, [name.replace(" ", "\n") for name in names], groups)
     axes.tick_params(axis="x", labelsize=7)
     axes.set_ylabel("first-order vote of the clean twin − of the outlier,\na token, split by Shapley values")
-    axes.legend(frameon=False, fontsize=7)
+    _legend_above(axes)
     return ""
 
 
@@ -139,7 +156,10 @@ def _gates(axes: Axes, result: Result) -> str:
     rank = np.arange(1, longest + 1)
     draw.curves(axes, rank, padded, floor=1e-6)
     top = next(iter(lines.values()))[0, 0]
-    draw.baseline(axes, rank, top * 0.5 ** (rank - 1), "halved by each (theory: slope −log 2)", floor=1e-6)
+    halved = top * 0.5 ** (rank - 1.0)
+    halved[halved < 1e-6] = np.nan  # the floor is no level of its own
+    draw.baseline(axes, rank, halved, "halved by each (theory: slope −log 2)", floor=1e-6)
+    axes.locator_params(axis="x", integer=True)
     axes.set_xlabel("rank of closeness to the query, among its kind")
     axes.set_ylabel("selection gate G (write × later decays)")
     axes.legend(frameon=False, fontsize=6.5, loc="lower left")
@@ -158,9 +178,21 @@ def _uses(axes: Axes, result: Result) -> str:
     axes.tick_params(axis="y", labelsize=6.5)
     margin = result.table[(result.table.model == models[0]) & (result.table.quantity == "margin")].value.iloc[0]
     what = "margin" if _classes_of(result) else "prediction × target ÷ E[y²]"
-    axes.set_xlabel(f"change of the {what} (unedited: {margin:.2f}); controls in brackets")
-    axes.legend(frameon=False, fontsize=7)
+    axes.set_xlabel(f"change of the {what}\n(unedited: {margin:.2f}); controls in brackets")
+    _legend_above(axes)
     return ""
+
+
+def _legend_above(axes: Axes) -> None:
+    """Where no interval can run through it."""
+    axes.legend(frameon=False, fontsize=7, ncols=2, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.2)
+
+
+def _undone_rows(result: Result) -> Any:
+    """What is undone of the outliers' error in the model that is looked into, by condition."""
+    table = result.table
+    chosen = (table.part == "use") & (table.model == result.config["model"]) & (table.quantity == UNDONE)
+    return table[chosen].set_index("condition")
 
 
 def _columns(rows: Any, names: list[str]) -> Any:
@@ -182,10 +214,10 @@ def _layer(result: Result) -> int:
     return int((result.config["layers"] or [0])[0])
 
 
-def _skipped(result: Result, otherwise: str) -> str:
-    """What the table says in the place of this part."""
+def _skipped(result: Result, otherwise: str, words: tuple[str, ...] = ("split", "scan", "interventions")) -> str:
+    """What the table says in the place of this part: its first line with one of these words."""
     rows = result.table[(result.table.part == "skipped") & (result.table.model == result.config["model"])]
-    said = [line for line in rows.condition if "split" in line or "scan" in line or "interventions" in line]
+    said = [line for line in rows.condition if any(word in line for word in words)]
     return said[0] if said else otherwise
 
 
@@ -217,7 +249,24 @@ def _title(result: Result) -> str:
         parts.append(
             f"outliers put at their clean twins' values recover this share of the twins' effect: {', '.join(shown)}"
         )
+    undone = _undone_rows(result)
+    for way in ("both", "the scan"):
+        if f"outliers out of {way}" in undone.index:
+            parts.append(_knocked(undone, way))
+            break
     return ";\n".join(parts) or draw.called(name)
+
+
+def _knocked(undone: Any, way: str) -> str:
+    """What the knock-out undoes, beside its control and the prompts that never had the outliers."""
+    one = undone.loc[f"outliers out of {way}"]
+    beside = {"as many clean": f"as many clean out of {way}", "left out of the prompt": LEFT_OUT}
+    others = [f"{label}: {undone.value[name]:.2f}" for label, name in beside.items() if name in undone.index]
+    where = "scan and taps" if way == "both" else way
+    return (
+        f"outliers out of {where} undo {one.value:.2f} [{one.low:.2f}, {one.high:.2f}] of the error that they cause "
+        f"({', '.join(others)})"
+    )
 
 
 def _beside(curve: Any, alpha: float) -> str:

@@ -5,6 +5,7 @@ Both write rows and arrays, and hand back the numbers that must be small for the
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +25,9 @@ from interp.outliers.prompts import Prompts, by_example, shuffled, tokens_of
 from interp.outliers.rows import ENOUGH, Rows, by_place, level, mean_in
 from interp.stats import bootstrap, ratio
 
+CLEANED, CONTAMINATED = "all outliers clean", "all clean contaminated"
+LEFT_OUT = "all outliers left out"
+"""The prompts without their outliers, shorter by as many."""
 GATED = "theory, gated (hand-set)"
 """The model of the theory whose gate is drawn beside that of a trained one."""
 SUMS = "contributions: distance of their sum from what they explain, relative"
@@ -31,6 +35,8 @@ PRODUCTS = "factors: distance of their product from the contributions, relative"
 SHARES = "Shapley shares: distance of their sum from the difference, relative"
 FLAGS = "shuffled outlier flags: difference in standard errors"
 IDENTITY = "identity edit: largest change of a prediction"
+UNDONE = "share of the outliers' error undone"
+"""The quantity of :func:`edits.undone` in the table."""
 BOUNDS = {SUMS: 1e-5, PRODUCTS: 1e-3, SHARES: 1e-6, FLAGS: 4.0, IDENTITY: 0.0}
 """The largest value of each that still lets the numbers mean something."""
 
@@ -93,8 +99,11 @@ def why(found: Findings, name: str, model: Any, prompts: Prompts, layer: int, kn
 
 
 def used(found: Findings, name: str, model: Any, prompts: Prompts, reference: Prompts, seed: int) -> None:
-    """Error, margin and recovery under every intervention on one model."""
+    """Error, margin, recovery and the undone share of the outliers' error, under every intervention on one model; a
+    line for what is not defined on these prompts.
+    """
     batch, scale = prompts.batch.to("cpu").last(), prompts.task.scale
+    outlier, others = prompts.outlier, prompts.context & ~prompts.outlier
     before = edits.run(model, prompts.batch)
 
     def measures(prediction: Float[Tensor, " n"]) -> tuple[Tensor, Tensor]:
@@ -105,14 +114,14 @@ def used(found: Findings, name: str, model: Any, prompts: Prompts, reference: Pr
     found.rows.add("use", name, "unedited", "error", level(clean[0]))
     found.rows.add("use", name, "unedited", "margin", bootstrap(clean[1]))
     planned = edits.interventions(model, prompts, edits.Reference(model, reference), seed)
-    for line in edits.lacking(model):
+    for line in [*edits.lacking(model), *edits.undefined(prompts)]:
         found.rows.skip(name, line)
     if not planned:
-        why = "the model has none of their sites" if bool(prompts.outlier.any()) else "these prompts have no outliers"
+        why = "the model has none of their sites" if bool(outlier.any()) else "these prompts have no outliers"
         found.rows.skip(name, f"interventions: {why}")
-    if any(one.whole is None for one in planned):
-        found.rows.skip(name, "recovery of knock-outs: prompts without their outliers would differ in length")
+    errors: dict[tuple[str, str], Tensor] = {}
     wholes: dict[int, Tensor] = {}
+    alike: dict[int, list[str]] = {}
     for one in planned:
         after = edits.run(model, prompts.batch, one.edits)
         error, margin = measures(after)
@@ -120,22 +129,48 @@ def used(found: Findings, name: str, model: Any, prompts: Prompts, reference: Pr
         found.rows.add("use", name, one.name, "error", level(error), group=group)
         found.rows.add("use", name, one.name, "change of error", bootstrap(error - clean[0]), group=group)
         found.rows.add("use", name, one.name, "change of margin", bootstrap(margin - clean[1]), group=group)
-        if one.whole is not None:
-            key = id(one.whole)
-            if key not in wholes:
-                wholes[key] = edits.run(model, one.whole)
-            if int((wholes[key] != before).sum()) >= ENOUGH:
-                share = recovery(after, wholes[key], before)
-                found.rows.add("use", name, one.name, "recovery", share, group=group)
+        errors[one.name, group] = error
+        key = id(one.whole)
+        if key not in wholes:
+            wholes[key] = edits.run(model, one.whole)
+        if int((wholes[key] != before).sum()) >= ENOUGH:
+            share = recovery(after, wholes[key], before)
+            found.rows.add("use", name, one.name, "recovery", share, group=group)
+        else:
+            alike.setdefault(key, []).append(one.name)
         if one.name == edits.NOTHING:
             found.worst(IDENTITY, float((after - before).abs().max()))
-    for label, whole in (("outliers", "all outliers clean"), ("clean", "all clean contaminated")):
-        some = prompts.outlier if label == "outliers" else prompts.context & ~prompts.outlier
-        if bool(some.any()):
-            real = prompts.cleaned(some) if label == "outliers" else prompts.contaminated(some)
-            error, margin = measures(edits.run(model, real))
-            found.rows.add("use", name, whole, "error", level(error), group="whole")
-            found.rows.add("use", name, whole, "change of margin", bootstrap(margin - clean[1]), group="whole")
+    for names in alike.values():
+        found.rows.skip(
+            name, f"recovery: fewer than {ENOUGH} predictions change with what these stand for: {', '.join(names)}"
+        )
+    reals: dict[str, Any] = {}
+    if bool(outlier.any()):
+        reals |= {CLEANED: prompts.cleaned(outlier), LEFT_OUT: prompts.without(outlier)}
+    if bool(others.any()):
+        reals[CONTAMINATED] = prompts.contaminated(others)
+    for label, real in reals.items():
+        error, margin = measures(edits.run(model, real))
+        found.rows.add("use", name, label, "error", level(error), group="whole")
+        found.rows.add("use", name, label, "change of margin", bootstrap(margin - clean[1]), group="whole")
+        errors[label, "whole"] = error
+    clean_error = errors.pop((CLEANED, "whole"), None)
+    errors.pop((CONTAMINATED, "whole"), None)
+    if clean_error is not None:
+        _undone(found, name, errors, clean[0], clean_error)
+
+
+def _undone(
+    found: Findings, name: str, errors: Mapping[tuple[str, str], Tensor], before: Tensor, clean: Tensor
+) -> None:
+    """Rows of :func:`edits.undone` by (condition, group), or one line where there is no error to undo."""
+    for (condition, group), after in errors.items():
+        try:
+            share = edits.undone(after, before, clean)
+        except BadArgument as error:
+            found.rows.skip(name, f"{UNDONE}: {error}")
+            return
+        found.rows.add("use", name, condition, UNDONE, share, group=group)
 
 
 def _contribution(

@@ -85,17 +85,20 @@ class Prompts:
     def without(self, examples: Examples) -> Batch:
         """The prompts without these examples; only the last one is then read.
 
-        Raises :class:`BadArgument` where the prompts would differ in length (:func:`equally_many`), or where a query is
-        left out.
+        Where prompts lose different numbers of them, the shorter ones are filled up with zeros after their query, and
+        ``read`` says where each query is: no causal model sees there what comes later.
+
+        Raises :class:`BadArgument` where a query is left out.
         """
         kept = ~examples.to(self.outlier.device)
-        if not bool(kept[:, -1].all()) or not equally_many(kept):
-            raise BadArgument("the same number of examples is left out of every prompt, and never the query")
+        if not bool(kept[:, -1].all()):
+            raise BadArgument("the query of a prompt is never left out")
         at = tokens_of(self.batch, kept)
-        order = at.nonzero()[:, 1].reshape(len(self.batch), -1)
+        count = at.sum(1, keepdim=True)
+        order = (~at).long().argsort(dim=1, stable=True)[:, : int(count.max())]
         tokens = self.batch.tokens.gather(1, order[..., None].expand(-1, -1, self.batch.tokens.shape[-1]))
-        last = torch.tensor([order.shape[1] - 1], device=order.device)
-        return dataclasses.replace(self.batch.last(), tokens=tokens, read=last, kinds=self.batch.kinds[order[0]])
+        tokens[torch.arange(order.shape[1], device=order.device) >= count] = 0
+        return dataclasses.replace(self.batch.last(), tokens=tokens, read=count - 1, kinds=self.batch.kinds[order])
 
     def _with(self, other: Batch, examples: Examples) -> Batch:
         at = tokens_of(self.batch, examples)[..., None]
@@ -140,12 +143,6 @@ def tokens_each(batch: Batch, n_pairs: int) -> int:
     if length not in (n_pairs, 2 * n_pairs - 1):
         raise BadArgument(f"{n_pairs} examples in {length} tokens: neither one token each nor two")
     return 1 if length == n_pairs else 2
-
-
-def equally_many(examples: Examples) -> bool:
-    """Whether every prompt has the same number of these."""
-    counts = examples.sum(1)
-    return bool((counts == counts[0]).all())
 
 
 def by_example(values: Float[Tensor, "batch pos"], n_pairs: int) -> Float[Tensor, "batch n_pairs each"]:

@@ -20,11 +20,11 @@ from interp import cli, evaluate, tasks
 from interp.outliers import edits as outlier_edits
 from interp.outliers import factors as outlier_factors
 from interp.outliers import parts as outlier_parts
-from interp.outliers.parts import FLAGS, GATED, IDENTITY, PRODUCTS, SHARES, SUMS, Findings
+from interp.outliers.parts import FLAGS, GATED, IDENTITY, LEFT_OUT, PRODUCTS, SHARES, SUMS, UNDONE, Findings
 from interp.outliers.prompts import draw
 from interp.recurrence import Recurrence
 from interp.result import Result
-from models.theory import pattern_vote
+from models.theory import Theory, TheoryConfig, pattern_vote
 
 CONFIG = {"d": 8, "n_pairs": 9, "M1": 2, "M2": 2, "V": 3}
 SIZES: dict[str, dict[str, Any]] = {
@@ -54,6 +54,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     measured = {f"k={k}": row for k, row in evaluate.summary(model, linreg, [5], n=256).items()}
     card = {"task": "linreg", "task_config": linreg.config, "measured": {"model": measured}}
     models.save(model, where / "linreg.safetensors", card)
+    joint = tasks.build("linreg", d=3, n_pairs=13, tokens="joint")
+    summing = Theory(TheoryConfig(d_in=4, d_state=3, selection=False))
+    summing.set_weights(W_B=torch.eye(3, 4), W_C=torch.eye(3, 4) / 12).eval()
+    measured = {f"k={k}": row for k, row in evaluate.summary(summing, joint, [12], n=256).items()}
+    card = {"task": "linreg", "task_config": joint.config, "measured": {"model": measured}}
+    models.save(summing, where / "sums.safetensors", card)
     return where
 
 
@@ -182,11 +188,33 @@ def test_regression_with_outliers_takes_a_model_of_the_clean_task(folder: Path, 
     assert found.ok and analysis.plot(found).axes
     if options != ("n_pairs=1",):
         assert set(rows(found, part="contribution", quantity="first order").group) == {"outlier", "clean"}
-        # Outliers are drawn one by one here: no two prompts have as many of them.
-        out = rows(found, part="use").condition.str.contains("out of")
-        assert out.any() and "recovery" not in set(rows(found, part="use")[out].quantity)
-        said = rows(found, part="skipped", model=found.config["model"]).condition
-        assert said.str.startswith("recovery of knock-outs").any()
+        # Outliers are drawn one by one here: prompts have other numbers of them, and are left with other lengths.
+        recovered = set(rows(found, part="use", quantity="recovery", model=found.config["model"]).condition)
+        for who in ("outliers", "as many clean"):
+            assert {f"{who} out of {way}" for way in ("the scan", "the taps", "both")} <= recovered
+
+
+@pytest.mark.contract
+@pytest.mark.parametrize("alpha", [0.0, 0.02, 0.5, 1.0])
+def test_what_outliers_cost_in_regression_is_undone_or_said_to_be_undefined(folder: Path, alpha: float) -> None:
+    """Outliers of length 20 in a model that sums its examples, by its own weights; the untrained one next to it."""
+    options = ("r=20.0", "tokens=joint")
+    given = config(folder, "sums", task="outlier_linreg", task_config=options, alpha=alpha, prompts=24, alphas=())
+    found = analysis.run(given)
+    name = found.config["model"]
+    undone = rows(found, part="use", model=name, quantity=UNDONE).set_index("condition").value
+    said = " ".join(rows(found, part="skipped", model=name).condition)
+    if alpha in (0.0, 0.02):  # none, and in too few prompts
+        why = "these prompts have no outliers" if alpha == 0 else f"{UNDONE}: outliers "
+        assert undone.empty and why in said and ("recovery: fewer than 12" in said) == (alpha > 0)
+        assert "recovery" not in set(rows(found, part="use", model=name, group="").quantity)
+    else:
+        assert float(undone["outliers out of the scan"]) == pytest.approx(float(undone[LEFT_OUT]), abs=1e-4)
+        assert float(undone[LEFT_OUT]) > 0.9
+        assert ("no clean examples" in said) == (alpha == 1) == ("as many clean out of the scan" not in undone)
+    panel = analysis.plot(found).axes[1]
+    shown = [label.get_text() for label in panel.get_yticklabels()] if alpha >= 0.5 else [panel.texts[0].get_text()]
+    assert ("outliers out of the scan" in shown) == (alpha >= 0.5), shown
 
 
 @pytest.mark.contract

@@ -9,12 +9,13 @@ import torch
 
 import hooks
 import models
+from hooks.errors import BadArgument
 from interp import tasks
 from interp.metric import recovery
 from interp.outliers import edits
 from interp.outliers.prompts import Prompts, draw
 from interp.tasks.outliers import Outliers
-from models.theory import pattern_vote
+from models.theory import Theory, TheoryConfig, pattern_vote
 
 pytestmark = pytest.mark.edit
 
@@ -31,7 +32,6 @@ def planned(model: Any, prompts: Prompts, reference: Prompts | None = None) -> d
 
 
 def gained(model: Any, prompts: Prompts, one: edits.Intervention) -> float:
-    assert one.whole is not None
     before = edits.run(model, prompts.batch)
     return float(recovery(edits.run(model, prompts.batch, one.edits), edits.run(model, one.whole), before, 20).mean)
 
@@ -133,13 +133,72 @@ def test_no_outliers_and_nothing_but_outliers(mamba: Any, alpha: float, missing:
         assert edits.run(mamba, prompts_of("ablate", alpha).batch, found["outliers out of both"].edits).isfinite().all()
 
 
-def test_outliers_of_unequal_number_have_no_prompt_without_them() -> None:
+def test_outliers_of_unequal_number_are_left_out_prompt_by_prompt() -> None:
     torch.manual_seed(0)
     model = models.build("mamba", d_model=8, n_layers=1, d_state=4, d_in=3).eval()
     task = tasks.build("outlier_linreg", d=3, n_pairs=6)
     prompts, reference = (draw(task, 24, 0, purpose, 0.5) for purpose in ("ablate", "reference"))
+    found = edits.run(model, planned(model, prompts, reference)["outliers out of both"].whole)
+    assert len(prompts.outlier.sum(1).unique()) > 2
+    for row, tokens in enumerate(prompts.batch.tokens):
+        kept = [t for t in range(11) if not prompts.outlier[row, t // 2]]
+        with torch.no_grad():
+            alone = model(tokens[None, kept])[0, -1, 0]
+        torch.testing.assert_close(found[row], alone)
+
+
+@pytest.mark.planted
+@pytest.mark.parametrize("share", [0.2, 0.9])
+def test_in_a_model_that_sums_a_knock_out_is_the_prompt_without_the_outliers(share: float) -> None:
+    """F = Σ y_i x_i·x_q / n: an outlier of length 10 costs a hundred times an example, one out of the sum nothing."""
+    d, n = 3, 31
+    task = tasks.build("outlier_linreg", d=d, n_pairs=n, tokens="joint", r=10.0)
+    read = torch.eye(d, d + 1)
+    model = Theory(TheoryConfig(d_in=d + 1, d_state=d, selection=False)).set_weights(W_B=read, W_C=read / n).eval()
+    prompts, reference = (draw(task, 48, 0, purpose, share) for purpose in ("ablate", "reference"))
     found = planned(model, prompts, reference)
-    assert found["outliers out of both"].whole is None and found["Δ of outliers := clean"].whole is not None
+    x, y, kept = prompts.batch.x, prompts.batch.y, (prompts.context & ~prompts.outlier).float()
+    out = found["outliers out of the scan"]
+    torch.testing.assert_close(
+        edits.run(model, prompts.batch, out.edits), ((kept * y)[..., None] * x).sum(1).mul(x[:, -1]).sum(1) / n
+    )
+    assert gained(model, prompts, out) == pytest.approx(1.0, abs=1e-3)
+
+    def error(prediction: torch.Tensor) -> torch.Tensor:
+        return (prediction - prompts.batch.targets[:, -1]).double().square()
+
+    before, clean = (error(edits.run(model, one)) for one in (prompts.batch, prompts.cleaned(prompts.outlier)))
+    shares = {
+        name: edits.undone(error(edits.run(model, prompts.batch, one.edits)), before, clean)
+        for name, one in found.items()
+    }
+    share_out = shares["outliers out of the scan"]
+    assert float(share_out.mean) == pytest.approx(1.0, abs=0.03) and share_out.n == 48
+    assert share_out.low <= share_out.mean <= share_out.high
+    assert abs(float(shares["as many clean out of the scan"].mean)) < 0.1
+    assert float(shares[edits.NOTHING].mean) == 0
+    assert float(shares["x, B and C of outliers := twin's"].mean) == pytest.approx(1.0, abs=1e-4)
+
+
+def test_the_undone_share_is_a_ratio_of_means_and_undefined_without_harm() -> None:
+    before, after, clean = torch.tensor([4.0, 2.0] * 8), torch.tensor([1.0, 2.0] * 8), torch.tensor([0.0, 1.0] * 8)
+    assert float(edits.undone(after, before, clean).mean) == pytest.approx(3 / 5)  # and not the mean of 3/4 and 0
+    assert float(edits.undone(2 * before - clean, before, clean).mean) == pytest.approx(-1)
+    for unharmed in (before, before + torch.tensor([1.0, -1.0] * 8), before + 1):
+        with pytest.raises(BadArgument, match=r"outliers raise the error by .* nothing to undo"):
+            edits.undone(after, before, unharmed)
+    few = torch.where(torch.arange(16) < 11, clean, before)
+    with pytest.raises(BadArgument, match="the error of 11 prompts, and at least 12"):
+        edits.undone(after, before, few)
+
+
+def test_what_prompts_do_not_allow_is_said() -> None:
+    assert edits.undefined(prompts_of("ablate", 0.0)) == edits.undefined(prompts_of("ablate", 0.5)) == []
+    assert edits.undefined(prompts_of("ablate", 0.75)) == [
+        "as many clean: 32 of 32 prompts have fewer than outliers, and all of theirs are edited"
+    ]
+    (line,) = edits.undefined(prompts_of("ablate", 1.0))
+    assert "no clean examples" in line
 
 
 def test_what_a_model_lacks_is_said() -> None:

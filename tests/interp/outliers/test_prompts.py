@@ -65,9 +65,14 @@ def test_leaving_out_keeps_the_order_and_the_query() -> None:
         assert torch.equal(short.tokens[row], prompts.batch.tokens[row][~prompts.outlier[row]])
     uneven = prompts.outlier.clone()
     uneven[0] = False
-    with pytest.raises(BadArgument, match="same number"):
-        prompts.without(uneven)
-    with pytest.raises(BadArgument, match="never the query"):
+    uneven[1, :-1] = True
+    short = prompts.without(uneven)
+    assert short.tokens.shape[1] == 9 and short.read[:3].tolist() == [[8], [0], [4]]
+    for row in range(16):
+        kept = prompts.batch.tokens[row][~uneven[row]]
+        assert torch.equal(short.tokens[row, : len(kept)], kept) and not short.tokens[row, len(kept) :].any()
+        assert short.kinds[row, short.read[row]] == 1  # the query
+    with pytest.raises(BadArgument, match="never left out"):
         prompts.without(torch.ones_like(prompts.outlier))
 
 
