@@ -320,7 +320,7 @@ def _checks(
     import torch
 
     import hooks
-    from interp import evaluate, seeds
+    from interp import cards, evaluate, seeds
     from interp.ablation.controls import identity
     from interp.ablation.effects import MEANS
     from interp.result import Check
@@ -329,10 +329,7 @@ def _checks(
     runs, task, model = subject.runs, subject.task, subject.model
     checks = []
     if model.card.get("task_config") == task.config:
-        for k in list(task.report_ks):
-            said = model.card["measured"]["model"][f"k={k}"]
-            spread = (said["standard_error"] ** 2 + float(runs.clean[:, k].var()) / len(runs.clean)) ** 0.5
-            gap = abs(float(runs.clean[:, k].mean()) - said["error"]) / max(spread, 1e-12)
+        for k, gap in cards.gaps(model.card, {k: runs.clean[:, k] for k in task.report_ks}).items():
             checks.append(Check.at_most(f"clean error at k={k} against the card, in standard errors", gap, 4.0))
     moved = float((controls["identity"] - runs.unedited(identity(model))).abs().max())
     checks.append(Check.at_most("identity edit: largest change of an error", moved, 0.0))

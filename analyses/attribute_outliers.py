@@ -293,7 +293,7 @@ def _classes(batch: Batch) -> bool:
 
 def _checks(found: Findings, subjects: Subjects, untrained: Root, count: int, seed: int) -> list[Check]:
     """What must hold for the numbers to mean anything."""
-    from interp import evaluate
+    from interp import cards, evaluate
     from interp.outliers.edits import run as predict
     from interp.outliers.parts import BOUNDS
     from interp.result import Check
@@ -302,13 +302,9 @@ def _checks(found: Findings, subjects: Subjects, untrained: Root, count: int, se
     batch = evaluate.prompts(subjects.trained, count, seed)
     last = subjects.trained.n_pairs - 1
     for name, model in subjects.measured().items():
-        said = model.card["measured"]["model"].get(f"k={last}")
-        if said is None:
-            continue
-        error = evaluate.errors(model, subjects.trained, batch=batch, query_only=True)[:, -1].double()
-        spread = (said["standard_error"] ** 2 + float(error.var()) / count) ** 0.5
-        gap = abs(float(error.mean()) - said["error"]) / max(spread, 1e-12)
-        checks.append(Check.at_most(f"{name}: error against the card, in standard errors", gap, 4.0))
+        error = evaluate.errors(model, subjects.trained, batch=batch, query_only=True)[:, -1]
+        for gap in cards.gaps(model.card, {last: error}).values():
+            checks.append(Check.at_most(f"{name}: error against the card, in standard errors", gap, 4.0))
     chance = evaluate.errors(untrained, subjects.trained, batch=batch, query_only=True)[:, -1].double()
     if _classes(batch):
         spread = float(chance.std()) / count**0.5

@@ -220,7 +220,7 @@ def _checks(every: All) -> list[Check]:
     import torch
 
     import hooks
-    from interp import evaluate
+    from interp import cards, evaluate
     from interp.features.transform import exact, features, transform
     from interp.probe import lucky
     from interp.result import Check
@@ -229,11 +229,8 @@ def _checks(every: All) -> list[Check]:
     for one in every.found:
         if one.subject.how not in ("trained", "retrained"):
             continue
-        for k in asked.task.report_ks:
-            said = one.subject.model.card["measured"]["model"][f"k={k}"]
-            error = one.error[:, k].double()
-            spread = (said["standard_error"] ** 2 + float(error.var()) / len(error)) ** 0.5
-            gap = abs(float(error.mean()) - said["error"]) / max(spread, 1e-12)
+        errors = {k: one.error[:, k] for k in asked.task.report_ks}
+        for k, gap in cards.gaps(one.subject.model.card, errors).items():
             label = f"{one.subject.variant or 'model'}: error at k={k} against the card, in standard errors"
             checks.append(Check.at_most(label, gap, 4.0))
 

@@ -34,7 +34,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = models.build("mamba", d_model=8, n_layers=2, d_state=4, d_in=D, d_out=1).eval()
     measured = {f"k={k}": row for k, row in evaluate.summary(model, task, [2, 4, 8]).items()}
     path = tmp_path_factory.mktemp("checkpoint") / "small.safetensors"
-    models.save(model, path, {"task": "linreg", "task_config": task.config, "measured": {"model": measured}})
+    models.save(model, path, {"task": "linreg", "task_config": task.config, "measured": {"model": measured, "n": 1280}})
     return path
 
 
@@ -201,7 +201,7 @@ def test_what_a_model_lacks_is_said(config: ablate_delta.Config, tmp_path: Path)
     path = tmp_path / "s4d.safetensors"
     model = models.build("s4d", d_model=8, n_layers=2, d_state=4, d_in=D, d_out=1).eval()
     measured = {f"k={k}": row for k, row in evaluate.summary(model, task, [2, 4, 8]).items()}
-    models.save(model, path, {"task": "linreg", "task_config": task.config, "measured": {"model": measured}})
+    models.save(model, path, {"task": "linreg", "task_config": task.config, "measured": {"model": measured, "n": 1280}})
     found = ablate_delta.run(dataclasses.replace(config, model=str(path), modes=("mean", "all-mean"), layers=(0,)))
     assert [note for note in found.provenance["notes"] if "no hook_gate: the output gate" in note]
     assert "note: " in found.summary() and set(found.table.signal) == {"", "delta", "control"}

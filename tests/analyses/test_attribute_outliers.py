@@ -44,7 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         torch.manual_seed(0)
         model = models.build(architecture, d_in=9, **sizes).eval()
         measured = {f"k={k}": row for k, row in evaluate.summary(model, task, n=256).items()}
-        card = {"task": "outliers", "task_config": task.config, "measured": {"model": measured}}
+        card = {"task": "outliers", "task_config": task.config, "measured": {"model": measured, "n": 256}}
         models.save(model, where / f"{architecture}.safetensors", card)
         if architecture == "mamba":
             other = {**card, "task_config": {**task.config, "p_a": 0.3}}
@@ -52,13 +52,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     linreg = tasks.build("linreg", d=3, n_pairs=6)
     model = models.build("mamba", d_in=3, **SIZES["mamba"]).eval()
     measured = {f"k={k}": row for k, row in evaluate.summary(model, linreg, [5], n=256).items()}
-    card = {"task": "linreg", "task_config": linreg.config, "measured": {"model": measured}}
+    card = {"task": "linreg", "task_config": linreg.config, "measured": {"model": measured, "n": 256}}
     models.save(model, where / "linreg.safetensors", card)
     joint = tasks.build("linreg", d=3, n_pairs=13, tokens="joint")
     summing = Theory(TheoryConfig(d_in=4, d_state=3, selection=False))
     summing.set_weights(W_B=torch.eye(3, 4), W_C=torch.eye(3, 4) / 12).eval()
     measured = {f"k={k}": row for k, row in evaluate.summary(summing, joint, [12], n=256).items()}
-    card = {"task": "linreg", "task_config": joint.config, "measured": {"model": measured}}
+    card = {"task": "linreg", "task_config": joint.config, "measured": {"model": measured, "n": 256}}
     models.save(summing, where / "sums.safetensors", card)
     return where
 

@@ -41,7 +41,7 @@ def checkpoint(folder: Path, name: str, steps: int = 12, task: str = "single_ind
         optimizer.step()
     measured = {f"k={k}": row for k, row in evaluate.summary(model.eval(), made, n=256).items()}
     models.save(model, folder / f"{name}.safetensors", {
-        "task": task, "task_config": made.config, "measured": {"model": measured},
+        "task": task, "task_config": made.config, "measured": {"model": measured, "n": 256},
     })  # fmt: skip
     return str(folder / f"{name}.safetensors")
 
