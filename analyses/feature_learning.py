@@ -361,10 +361,11 @@ def plot(result: Result) -> Figure:
         draw.baseline(reads, ks, arrays[f"read_{key}"][0], name, floor=None, style=style)
     reads.set_xscale("log", base=2)
     reads.set_xticks(ks, [str(k) for k in ks])
-    reads.set_ylim(-0.15, 1.02)
+    reads.set_ylim(-0.15, 1.45)  # room for the legend
+    reads.set_yticks([0.0, 0.2, 0.4, 0.6, 0.8, 1.0])
     reads.set_xlabel("pairs seen, k")
     reads.set_ylabel(f"R² of {target} from the state, best layer")
-    reads.legend(frameon=False, fontsize=7, loc="upper left")
+    reads.legend(frameon=False, fontsize=7, loc="upper left", ncols=2)
 
     named = {"write": "write", "held": "write, Δ at its mean", "untrained": "write, untrained"}
     have = {key: name for key, name in named.items() if f"curve_{key}" in arrays}
