@@ -25,12 +25,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from beartype import beartype
-from jaxtyping import AbstractArray, jaxtyped
+from beartype import BeartypeConf, beartype
+from jaxtyping import AbstractArray, TypeCheckError, jaxtyped
 
 COMPILED = re.compile(r"^\s*(?:import|from)\s+(?:numba|triton)\b", re.MULTILINE)
 FEW = 4
 """How many of the makings of a function within a function are checked: each needs a checker of its own."""
+CHECK = beartype(conf=BeartypeConf(violation_type=TypeCheckError))
+"""TypeCheckError is a TypeError, as what Python itself raises for arguments that do not fit."""
 made: Counter[types.CodeType] = Counter()
 Anything = Callable[..., Any]
 
@@ -130,7 +132,7 @@ def _checker(function: types.FunctionType) -> Anything:
             # so it is put here, and the packages need not carry one for the tests' sake.
             if getattr(part, "_is_protocol", False) and part is not typing.Protocol:
                 typing.runtime_checkable(part)
-    checker: Anything = beartype(copy)
+    checker: Anything = CHECK(copy)
     if not any(isinstance(part, type) and issubclass(part, AbstractArray) for part in _all_parts(copy)):
         return checker
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from jaxtyping import TypeCheckError
 
 from tests import shapes
 from tests.conftest import NetworkUsed, attempts, changes, is_local, process_state
@@ -68,6 +69,7 @@ def test_subprocesses_are_told_to_stay_offline() -> None:
 
 PROBE = """
 from __future__ import annotations
+import dataclasses
 from typing import Protocol
 from jaxtyping import Float
 from torch import Tensor
@@ -84,6 +86,16 @@ def wrong(a: Float[Tensor, "batch d"]) -> Float[Tensor, "d batch"]:
 
 def size(thing: Sized) -> int:
     return thing.size
+
+@dataclasses.dataclass
+class Pair:
+    first: Float[Tensor, "n"]
+    second: Float[Tensor, "n"]
+
+def within():
+    def double(x: int) -> int:
+        return 2 * x
+    return double
 """
 
 
@@ -112,8 +124,10 @@ def test_shapes_are_checked(probe: Any) -> None:
         lambda: probe.dot(torch.ones(2, 3, dtype=torch.int64), torch.ones(3)),  # not floating
         lambda: probe.wrong(torch.ones(2, 3)),  # the result
         lambda: probe.size("no size"),  # a protocol
+        lambda: probe.Pair(torch.ones(2), torch.ones(3)),  # fields
+        lambda: probe.within()("ab"),  # a function within a function
     ):
-        with pytest.raises(Exception, match="violates type hint"):
+        with pytest.raises(TypeCheckError, match="violates type hint"):
             call()
 
 
@@ -128,7 +142,7 @@ def test_our_packages_are_checked(request: pytest.FixtureRequest) -> None:
         pytest.skip("asked for with --no-shape-checks")
     from hooks.errors import unknown
 
-    with pytest.raises(Exception, match="violates type hint"):
+    with pytest.raises(TypeCheckError, match="violates type hint"):
         unknown(1, "a", [])
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import models
-from analyses import ablate_delta, compare_states, learning_curves, probe_layers
+from analyses import ablate_delta, compare_states, learning_curves
 from hooks.errors import BadArgument
 from interp import cli, evaluate, seeds, shifts, tasks
 from interp.curves import errors as curves
@@ -278,7 +278,7 @@ def test_models_that_were_trained_on_other_inputs_see_the_same_prompts(
 
 
 @pytest.mark.contract
-@pytest.mark.parametrize("analysis", [ablate_delta, probe_layers, compare_states])
+@pytest.mark.parametrize("analysis", [ablate_delta, compare_states])
 @pytest.mark.parametrize("task", ["markov", "mqar", "selective_copy"])
 def test_the_other_analyses_refuse_tokens_that_are_integers(
     analysis: Any, task: str, capsys: pytest.CaptureFixture[str]
