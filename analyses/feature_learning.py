@@ -48,7 +48,7 @@ class Config:
     model: str | None = None
     "A bundled name or a run folder; mamba-<task> if not given."
     variants: tuple[str, ...] = ()
-    "Of constant-step, tangent-step, linear-gate, or run folders of retrained ones; all three if none is given."
+    "Of constant-step, tangent-step, linear-gate (retrained where a bundled one has the model's task), or folders; all three."
     prompts: int = 256
     "Prompts whose error counts; the probes take twice as many others, the writes a quarter."
     components: int = 96
@@ -160,16 +160,15 @@ def _open(config: Config) -> tuple[str, Root, Any]:
 def _trained_on(name: str, model: Any, task_config: Any) -> None:
     """Nothing, or a BadArgument for a model of another task."""
     from hooks.errors import BadArgument
+    from interp import cards
 
     trained_on = model.card.get("task")
     if trained_on != "single_index":
         raise BadArgument(f'{name} was trained on "{trained_on}", not on "single_index"')
-    own = model.card["task_config"]
-    differs = (
-        [] if task_config is None else [key for key in {**own, **task_config} if own.get(key) != task_config.get(key)]
-    )
+    differs = [] if task_config is None else cards.differ(model.card["task_config"], task_config)
     if differs:
-        said = ", ".join(f"{key}={own.get(key)} instead of {task_config.get(key)}" for key in sorted(differs))
+        own = model.card["task_config"]
+        said = ", ".join(f"{key}={own.get(key)} instead of {task_config.get(key)}" for key in differs)
         raise BadArgument(f"{name} was trained on another single_index than the model: {said}")
 
 
@@ -179,17 +178,21 @@ def _subjects(config: Config, name: str, model: Root) -> tuple[list[Subject], li
 
     import models
     from hooks.errors import BadArgument
+    from interp import cards
     from interp.features.study import Subject
     from interp.features.variants import VARIANTS, variant_of
 
     retrained: dict[str, Subject] = {}
     for entry in config.variants or tuple(VARIANTS):
         bundled = f"mamba-{entry}-{config.task}"
-        if entry in VARIANTS and bundled not in models.names():
+        source = bundled if entry in VARIANTS else entry
+        loaded = models.load(source).to(config.device) if source != bundled or bundled in models.names() else None
+        # A run folder of another task is refused; a bundled one is only not there.
+        fits = loaded is not None and not cards.differ(loaded.card["task_config"], model.card["task_config"])
+        if entry in VARIANTS and not fits:
             retrained.setdefault(entry, Subject(bundled, "missing", None, entry))
             continue
-        source = bundled if entry in VARIANTS else entry
-        loaded = models.load(source).to(config.device)
+        assert loaded is not None
         _trained_on(source, loaded, model.card["task_config"])
         variant = variant_of(loaded.cfg)
         if variant is None:
@@ -206,7 +209,8 @@ def _subjects(config: Config, name: str, model: Root) -> tuple[list[Subject], li
             subjects.append(one)
         else:
             notes.append(
-                f"{variant} is only ablated: there is no {one.name}; analyses/recipes/{one.name}.json trains it"
+                f"{variant} is only ablated: there is no {one.name} for this task's options; "
+                f"python -m analyses.train --recipe {one.name} with --task-config trains one for --variants"
             )
     return subjects, notes
 

@@ -59,7 +59,7 @@ def common_task(models: Mapping[str, Carded], asked: str, options: Mapping[str, 
     first = models[names[0]].card["task_config"]
     for name in names:
         own = models[name].card["task_config"]
-        differs = _differ(first, own)
+        differs = differ(first, own)
         if differs:
             raise BadArgument(
                 f"{name} was trained on another task than {names[0]}: "
@@ -71,7 +71,7 @@ def common_task(models: Mapping[str, Carded], asked: str, options: Mapping[str, 
 def differing(models: Mapping[str, Carded], task: Task) -> list[str]:
     """A line for each model that was trained with other options than ``task`` has, saying which."""
     found = {
-        name: (model.card["task_config"], _differ(model.card["task_config"], task.config))
+        name: (model.card["task_config"], differ(model.card["task_config"], task.config))
         for name, model in models.items()
     }
     return [
@@ -81,7 +81,7 @@ def differing(models: Mapping[str, Carded], task: Task) -> list[str]:
     ]
 
 
-def _differ(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+def differ(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     """The options of which the two have different values."""
     return sorted(key for key in {*one, *other} if one.get(key) != other.get(key))
 

@@ -103,8 +103,10 @@ def _predict(
     x, y = x.clone(), y.clone()  # a tensor made in inference mode cannot take part in a gradient, its copy can
     optimizer = torch.optim.Adam(weights, lr=rate)
     for _ in range(steps):
-        optimizer.zero_grad()
-        # Adam takes every weight on its own, so the sum over prompts trains each as if it were alone.
-        (_forward(weights, x[:, :-1]) - y).square().mean(dim=1).sum().backward()
+        # Adam takes every weight on its own, so the sum over prompts trains each as if it were alone. No backward():
+        # once nnsight is loaded, each parses the source of its caller, which no two threads may do at once.
+        loss = (_forward(weights, x[:, :-1]) - y).square().mean(dim=1).sum()
+        for weight, gradient in zip(weights, torch.autograd.grad(loss, weights), strict=True):
+            weight.grad = gradient
         optimizer.step()
     return _forward(weights, x[:, -1:])[:, 0].detach()

@@ -101,6 +101,16 @@ def test_the_table_has_every_part_with_interval_and_n(result: Result) -> None:
     assert set(result.provenance["weights"]) == set(result.config["variants"][1:]) | {result.config["model"]}
 
 
+@pytest.mark.contract
+def test_a_variant_counts_as_retrained_where_it_learned_the_models_task(paths: dict[str, str]) -> None:
+    for name, how, notes in (("mamba-single_index", "retrained", 0), (paths["mamba"], "ablated", len(VARIANTS))):
+        asked = feature_learning.Config(model=name)
+        found, said = feature_learning._subjects(asked, name, models.load(name))
+        assert {one.variant for one in found if one.how == how and one.variant is not None} == set(VARIANTS)
+        assert len(said) == notes and all("only ablated" in line for line in said)
+        assert ("retrained" in {one.how for one in found}) == (how == "retrained")
+
+
 @pytest.mark.end_to_end
 def test_the_figure_is_redrawn_from_disk_with_its_controls(result: Result, tmp_path: Path) -> None:
     saved = result.save(tmp_path, analysis="feature_learning")
