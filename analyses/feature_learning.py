@@ -48,7 +48,7 @@ class Config:
     model: str | None = None
     "A bundled name or a run folder; mamba-<task> if not given."
     variants: tuple[str, ...] = ()
-    "Of constant-step, tangent-step, linear-gate (retrained where a bundled one has the model's task), or folders; all three."
+    "Of constant-step, tangent-step, linear-gate (retrained where a bundled one fits the model), or folders; all three."
     prompts: int = 256
     "Prompts whose error counts; the probes take twice as many others, the writes a quarter."
     components: int = 96
