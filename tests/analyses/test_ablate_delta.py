@@ -257,11 +257,17 @@ def test_shares_that_do_not_sum_to_one_are_seen(config: ablate_delta.Config, mon
 
 
 @pytest.mark.end_to_end
-def test_the_command_on_the_bundled_checkpoint(tmp_path: Path) -> None:
-    """``python -m analyses.ablate_delta --task linreg --quick``: files, table, checks; and --json with one flag
-    wrong.
-    """
+@pytest.mark.parametrize(
+    "narrowed",
+    [
+        pytest.param(("--modes", "mean", "--layers", "0"), id="one mode"),
+        pytest.param((), id="all", marks=pytest.mark.slow),
+    ],
+)
+def test_the_command_on_the_bundled_checkpoint(narrowed: tuple[str, ...], tmp_path: Path) -> None:
+    """``python -m analyses.ablate_delta --task linreg --quick``: files, table, checks; and with one flag wrong."""
     command = [sys.executable, "-m", "analyses.ablate_delta", "--task", "linreg", "--quick", "--out", str(tmp_path)]
+    command += narrowed
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
