@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import PurePath
+from string import ascii_lowercase
 from typing import Any
 
 import matplotlib
@@ -54,17 +55,25 @@ def canvas(columns: Sequence[float], height: float, width: float = 12.5) -> tupl
     return figure, panels
 
 
-def grid(rows: Sequence[Sequence[float]], heights: Sequence[float], width: float = 14.0) -> tuple[Figure, list[Axes]]:
-    """A figure with rows of panels, each row with its own relative widths and its height in inches; lettered."""
+def grid(
+    rows: Sequence[Sequence[float | tuple[float, ...]]], heights: Sequence[float], width: float = 14.0, deep: int = 1
+) -> tuple[Figure, list[Axes]]:
+    """A figure with rows of panels, each row with its own relative widths and its height in inches; lettered.
+
+    A tuple of widths in the place of one is a block: as wide as their sum, with ``deep`` rows of panels of its own.
+    """
     seaborn.set_theme(context="paper", style="ticks", font_scale=1.0)
     matplotlib.rcParams["svg.fonttype"] = "none"
     figure = Figure(figsize=(width, sum(heights)), layout="constrained")
     parts = figure.add_gridspec(len(rows), 1, height_ratios=list(heights))
     panels = []
     for i, columns in enumerate(rows):
-        row = parts[i].subgridspec(1, len(columns), width_ratios=list(columns))
-        panels += [figure.add_subplot(row[j]) for j in range(len(columns))]
-    for letter, panel in zip("abcdefghijkl", panels, strict=False):
+        blocks = [one if isinstance(one, tuple) else (one,) for one in columns]
+        row = parts[i].subgridspec(1, len(blocks), width_ratios=[sum(block) for block in blocks])
+        for j, block in enumerate(blocks):
+            own = row[j].subgridspec(deep if isinstance(columns[j], tuple) else 1, len(block), width_ratios=block)
+            panels += [figure.add_subplot(own[a, b]) for a in range(own.nrows) for b in range(own.ncols)]
+    for letter, panel in zip(ascii_lowercase, panels, strict=False):
         panel.set_title(letter, loc="left", fontweight="bold")
     return figure, panels
 
@@ -138,6 +147,8 @@ def families(
                 x, mean, color=colour, linestyle=style, marker=marker, markersize=3, markevery=every, linewidth=1.3
             )
             axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
+            if len(x) == 1:  # a band of one point has no width
+                axes.vlines(x, low, high, color=colour, linewidth=1.3)
     named = list(enumerate(groups)) if key else []
     handles: list[Any] = [
         Line2D([], [], color=COLOURS[i % len(COLOURS)], marker=MARKERS[i % len(MARKERS)]) for i, _ in named
@@ -272,15 +283,18 @@ def heat_map(
     label: str,
     unsure: np.ndarray | None = None,
     linear: bool = False,
+    top: float | None = None,
+    bar: bool = True,
 ) -> None:
     """Signed values on a symmetric log (or linear) colour scale, each written in its cell; ``unsure`` cells (interval
-    holds 0) in grey italics.
+    holds 0) in grey italics. Maps side by side share ``top``, the scale's end, and one bar. A NaN is an empty cell.
     """
-    top = float(np.nanmax(np.abs(values))) or 1.0
+    top = (float(np.nanmax(np.abs(values))) or 1.0) if top is None else top
     small = max(top / 300, 1e-12)
     norm = Normalize(-top, top) if linear else SymLogNorm(small, vmin=-top, vmax=top)
     image = axes.imshow(values, cmap="PuOr_r", norm=norm, aspect="auto")
-    for (i, j), value in np.ndenumerate(values):
+    for i, j in np.argwhere(np.isfinite(values)):
+        value: Any = values[i, j]
         doubt = unsure is not None and bool(unsure[i, j])
         shade = image.cmap(image.norm(value))
         dark = 0.299 * shade[0] + 0.587 * shade[1] + 0.114 * shade[2] < 0.5
@@ -294,17 +308,20 @@ def heat_map(
             color="white" if dark else ("0.45" if doubt else "black"),
             fontstyle="italic" if doubt else "normal",
         )
-    axes.set_xticks(range(len(columns)), columns, rotation=55, ha="right", rotation_mode="anchor")
+    turned: dict[str, Any] = {"rotation": 55, "ha": "right", "rotation_mode": "anchor"}
+    axes.set_xticks(range(len(columns)), columns, **(turned if max(map(len, columns)) > 2 else {}))
     axes.set_yticks(range(len(rows)), rows)
     axes.tick_params(length=0)
-    bar = axes.figure.colorbar(image, ax=axes, fraction=0.05, pad=0.02)
-    decades = 10.0 ** np.arange(np.ceil(np.log10(small * 3)), np.floor(np.log10(top)) + 1)
-    if not linear:
-        bar.set_ticks([*-decades[::-1], 0.0, *decades])
-    bar.minorticks_off()
-    bar.set_label(label)
     for spine in axes.spines.values():
         spine.set_visible(False)
+    if not bar:
+        return
+    scale = axes.figure.colorbar(image, ax=axes, fraction=0.05, pad=0.02)
+    decades = 10.0 ** np.arange(np.ceil(np.log10(small * 3)), np.floor(np.log10(top)) + 1)
+    if not linear:
+        scale.set_ticks([*-decades[::-1], 0.0, *decades])
+    scale.minorticks_off()
+    scale.set_label(label, fontsize=8)
 
 
 def shares(

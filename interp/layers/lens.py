@@ -41,16 +41,16 @@ def query_tokens(batch: Batch) -> Float[Tensor, "batch n_pairs d_token"]:
 
     Interleaved tokens: x itself. Joint tokens: (x, 0). What is asked of a contaminated example is in ``truth``.
     """
-    joint = _joint(batch)
-    names = ("asked", "clean", "clean_x") if joint else ("clean_x",)
+    paired = joint(batch)
+    names = ("asked", "clean", "clean_x") if paired else ("clean_x",)
     found = [batch.truth[name] for name in names if name in batch.truth]
     x = (found[0] if found else batch.x).to(batch.tokens)
-    return torch.cat([x, torch.zeros_like(x[..., :1])], dim=-1) if joint else x
+    return torch.cat([x, torch.zeros_like(x[..., :1])], dim=-1) if paired else x
 
 
 def context_tokens(batch: Batch, k: int) -> Float[Tensor, "batch pos d_token"]:
     """The tokens of the first ``k`` examples; none for k = 0."""
-    return batch.tokens[:, : k if _joint(batch) else 2 * k]
+    return batch.tokens[:, : k if joint(batch) else 2 * k]
 
 
 def asked(batch: Batch, examples: slice) -> Batch:
@@ -110,7 +110,7 @@ def along(model: Any, batch: Batch, chunk: int = 256) -> Residuals:
     parts = []
     for start in range(0, len(batch), chunk):
         some = batch.take(slice(start, start + chunk))
-        if not _joint(some):
+        if not joint(some):
             stacked = _stacked(hooks.record(model, some.tokens, RESIDUALS))
             parts.append(stacked[:, torch.arange(len(some))[:, None], some.read.expand(len(some), -1)])
             continue
@@ -297,7 +297,7 @@ def _after(
     return _stacked(hooks.record(model, queries, RESIDUALS, state=_repeated(state, count)))[:, :, -1]
 
 
-def _joint(batch: Batch) -> bool:
+def joint(batch: Batch) -> bool:
     """Whether one token holds x and y together."""
     return batch.tokens.ndim == 3 and batch.tokens.shape[-1] > batch.x.shape[-1]
 

@@ -18,6 +18,7 @@ import hooks
 from hooks.errors import BadArgument
 from interp import seeds
 from interp.arguments import whole_number
+from interp.layers.lens import joint, query_tokens
 from interp.similarity import effective_rank
 from interp.tasks.base import Batch
 
@@ -73,6 +74,14 @@ def at(model: Any, tokens: Tensor, positions: Sequence[int]) -> list[Float[Tenso
     """Each layer's states at these positions only."""
     parts = [[layer[0][:, list(positions)].cpu() for layer in layers] for _, layers in walk(model, tokens)]
     return [torch.cat(layer) for layer in zip(*parts, strict=True)]
+
+
+def alone(batch: Batch) -> Float[Tensor, "batch 1 d_token"]:
+    """Example 0's query as a prompt of its own, k = 0: no example before it, and where a token holds x and y no label.
+
+    There is no state before this token (it is zero), so what a model holds after 0 examples is read at it.
+    """
+    return query_tokens(batch)[:, :1] if joint(batch) else batch.tokens[:, :1]
 
 
 def norms(model: Any, tokens: Tensor) -> Float[Tensor, "layer batch pos"]:

@@ -2,6 +2,7 @@
 
 ``control`` is what the quantity is where there is nothing to find: shuffled targets for R², permuted prompts for a
 similarity (their mean), permuted tokens for resets, 0 otherwise left empty. ``p`` is family-wise for a similarity.
+At ``k=0`` the state is the one at the query, which is all that was read; else the one before it.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from interp.stats import bootstrap
 from interp.variance import LEVELS
 
 COLUMNS = ("model", "quantity", "layer", "at", "value", "low", "high", "control", "p", "n")
-Alike = Mapping[tuple[int, int], Mapping[str, Similarity]]
+Alike = Mapping[int, Mapping[tuple[int, int], Mapping[str, Similarity]]]
+"""By number of examples and pair of models."""
 Lines = Float[np.ndarray, "x 3"]
 """Estimate, low end, high end."""
 
@@ -33,12 +35,18 @@ def table(studies: Sequence[Study], alike: Alike, asked: Plan) -> pd.DataFrame:
     """Every number, the headline of each model first."""
     rows = [row for study in studies for row in _headline(study, asked)]
     rows += [row for study in studies for row in _of_one(study, asked)]
-    rows += [row for (i, j), measures in alike.items() for row in _of_pair(studies[i], studies[j], measures, asked)]
+    for k, pairs in sorted(alike.items(), reverse=True):
+        rows += [row for (i, j), measures in pairs.items() for row in _of_pair(studies[i], studies[j], measures, k)]
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
 def arrays(studies: Sequence[Study], alike: Alike, asked: Plan) -> dict[str, np.ndarray]:
-    """What the figure is drawn from; a name ends in the model's place in ``config["models"]``."""
+    """What the figure is drawn from; a name ends in the model's place in ``config["models"]``.
+
+    A similarity's is ``<measure>_<i>_<j>`` (value, null mean, null edge, p, family-wise p; layer, layer), and of its
+    most alike pair of layers ``<measure>_best_<i>_<j>`` (value, null edge); after ``middle`` examples, and with ``_k0``
+    after none.
+    """
     one = studies[0]
     made: dict[str, np.ndarray] = {
         "ks": np.array(asked.ks),
@@ -55,7 +63,8 @@ def arrays(studies: Sequence[Study], alike: Alike, asked: Plan) -> dict[str, np.
         made[f"shuffled_{i}"] = np.stack([reading.shuffled for reading in study.reading.values()])
         made[f"folds_{i}"] = np.stack([reading.folds for reading in study.reading.values()])
         made[f"untrained_{i}"] = np.stack([reading.untrained for reading in study.reading.values()])
-        made[f"reach_{i}"] = remains(study, asked, total=True)
+        if study.reach is not None:
+            made[f"reach_{i}"] = remains(study, asked, total=True)
         if study.forgets is not None:
             made[f"left_{i}"] = remains(study, asked, total=False)
             made[f"half_{i}"] = half_lives(study)
@@ -73,11 +82,19 @@ def arrays(studies: Sequence[Study], alike: Alike, asked: Plan) -> dict[str, np.
         made[f"long_error_{i}"] = _lines(study.long_error)
         made[f"swaps_{i}"], made[f"swaps_all_{i}"] = study.swaps, study.all_layers
         made[f"parts_{i}"] = np.array(study.parts)
-    for (i, j), measures in alike.items():
-        for name, found in measures.items():
-            each = (found.value, found.null_mean, found.null_edge, found.p, found.p_family)
-            made[f"{name}_{i}_{j}"] = np.stack(each)
+    for k, pairs in alike.items():
+        for (i, j), measures in pairs.items():
+            for name, found in measures.items():
+                each = (found.value, found.null_mean, found.null_edge, found.p, found.p_family)
+                end = "" if k == asked.middle else f"_k{k}"
+                made[f"{name}_{i}_{j}{end}"] = np.stack(each)
+                made[f"{name}_best_{i}_{j}{end}"] = np.array([most_alike(found), found.edge])
     return made
+
+
+def most_alike(found: Similarity) -> float:
+    """The measure of the most alike pair of layers."""
+    return float(np.nanmin(found.value) if found.measure == "procrustes" else np.nanmax(found.value))
 
 
 def remains(study: Study, asked: Plan, *, total: bool, layer: int | None = None) -> Lines:
@@ -86,6 +103,7 @@ def remains(study: Study, asked: Plan, *, total: bool, layer: int | None = None)
     """
     step = stride(asked.batch)
     if total:
+        assert study.reach is not None
         found = survival(study.reach, None, step)
         found = found / found.mean(-1, keepdim=True).clamp(min=1e-300)
     else:
@@ -112,9 +130,9 @@ def channel_half_lives(study: Study) -> Float[np.ndarray, "2 layer d_inner"]:
 
 
 def relative_norm(study: Study, asked: Plan) -> Lines:
-    """‖h‖ after 1, 2, … examples relative to that after the last trained one; root mean square over prompts, layers."""
+    """‖h‖ after 0, 1, … examples relative to that after ``last``; root mean square over prompts, layers."""
     square = study.norms.double().square()
-    base = square[..., asked.last - 1].mean(1)[:, None, None].clamp(min=1e-300)
+    base = square[..., asked.last].mean(1)[:, None, None].clamp(min=1e-300)
     return np.sqrt(_lines((square / base).mean(0)))
 
 
@@ -170,17 +188,9 @@ def _of_one(study: Study, asked: Plan) -> Iterator[tuple[Any, ...]]:
             rank = float(study.across[layer, j])
             row = (rank, math.nan, math.nan, None, None, len(asked.batch))
             yield (name, "effective rank across prompts", str(layer), f"k={k}", *row)
-        for age, line in enumerate(remains(study, asked, total=True, layer=layer)):
-            yield (
-                name,
-                "derivative by an example, of its mean",
-                str(layer),
-                f"age={age}",
-                *line,
-                None,
-                None,
-                asked.few,
-            )
+        for age, line in enumerate(remains(study, asked, total=True, layer=layer) if study.reach is not None else ()):
+            place = (str(layer), f"age={age}")
+            yield (name, "derivative by an example, of its mean", *place, *line, None, None, asked.few)
         for part, line in zip(study.parts, study.swaps[:, layer], strict=True):
             place = (str(layer), f"k={asked.swap_k}")
             yield (name, f"recovery by a swap of {part}", *place, *line, None, None, len(asked.batch) // 2)
@@ -202,17 +212,19 @@ def _of_one(study: Study, asked: Plan) -> Iterator[tuple[Any, ...]]:
                     float(part[layer, kind]) for part in (found.rate, found.low, found.high, found.control, found.p)
                 ]
                 yield (name, "resets (ends: permuted tokens)", str(layer), label, *line, asked.some)
-    for k, line in enumerate(relative_norm(study, asked), start=1):
+    for k, line in enumerate(relative_norm(study, asked)):
         yield (name, "norm of the state", "mean", f"k={k}", *line, None, None, asked.some)
     for k, line in enumerate(_lines(study.long_error)):
         yield (name, "error", "", f"k={k}", *line, None, None, asked.some)
 
 
-def _of_pair(one: Study, two: Study, measures: Mapping[str, Similarity], asked: Plan) -> Iterator[tuple[Any, ...]]:
+def _of_pair(one: Study, two: Study, measures: Mapping[str, Similarity], k: int) -> Iterator[tuple[Any, ...]]:
     for measure, found in measures.items():
         for (i, j), value in np.ndenumerate(found.value):
+            if np.isnan(value):
+                continue  # a layer whose state is the same for every prompt
             yield (
-                *(f"{one.name} ~ {two.name}", measure, f"{i} ~ {j}", f"k={asked.middle}"),
+                *(f"{one.name} ~ {two.name}", measure, f"{i} ~ {j}", f"k={k}"),
                 *(value, math.nan, math.nan, found.null_mean[i, j], found.p_family[i, j], found.n),
             )
 

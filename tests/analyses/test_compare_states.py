@@ -17,9 +17,11 @@ import hooks
 import models
 from analyses import compare_states
 from hooks.errors import BadArgument
-from interp import cli, evaluate, tasks
+from interp import cli, evaluate, seeds, similarity, tasks
 from interp.result import Result
+from interp.similarity import effective_rank
 from interp.states import reading as states
+from interp.states import rows as state_rows
 from interp.states.study import Plan, Study, plan, study
 from interp.stats import Interval
 
@@ -38,7 +40,7 @@ def checkpoint(folder: Path, name: str, architecture: str, task_config: dict[str
     model = models.build(architecture, **SIZES[architecture], d_in=made.d_token, d_out=1).eval()
     measured = {f"k={k}": row for k, row in evaluate.summary(model, made, [2, 4, 8], n=256).items()}
     path = folder / f"{name}.safetensors"
-    models.save(model, path, {"task": task, "task_config": made.config, "measured": {"model": measured}})
+    models.save(model, path, {"task": task, "task_config": made.config, "measured": {"model": measured, "n": 1280}})
     return str(path)
 
 
@@ -83,7 +85,8 @@ def test_table_holds_every_quantity_of_every_model_and_pair(result: Result) -> N
     pair = table[table.model == f"{mamba} ~ {s4d}"]
     for measure in ("cka", "svcca", "procrustes"):
         rows = pair[pair.quantity == measure]
-        assert len(rows) == 6 and rows.p.between(1 / 41, 1).all() and rows.control.notna().all()
+        assert len(rows) == 12 and set(rows["at"]) == {"k=4", "k=0"}
+        assert rows.p.between(1 / 41, 1).all() and rows.control.notna().all()
     bounded = table[table.low.notna() & ~table.quantity.str.startswith(("half-life", "resets"))]
     assert (bounded.low <= bounded.value + 1e-9).all() and (bounded.value <= bounded.high + 1e-9).all()
     assert (table.n > 1).all()
@@ -101,7 +104,7 @@ def test_the_figure_is_redrawn_from_disk_without_the_models(result: Result, tmp_
     assert saved.folder is not None
     figure = compare_states.plot(Result.load(saved.folder))
     letters = [axes.get_title(loc="left") for axes in figure.axes if axes.get_title(loc="left")]
-    assert letters == list("abcdefghij")
+    assert letters == list("abcdefghijk")
     title = figure.get_suptitle()
     row = result.table[result.table.quantity == "R² of w, best layer"].iloc[0]
     assert f"R² {row.value:.2f}" in title and "After 8 examples" in title
@@ -142,10 +145,152 @@ def test_numbers_are_those_of_runs_made_by_hand(result: Result, config: compare_
     np.testing.assert_allclose(rows.value.to_numpy(), expected_ages.numpy(), rtol=1e-4)
 
 
+@pytest.mark.planted
+def test_k_0_is_the_state_at_a_query_with_nothing_before_it(result: Result, config: compare_states.Config) -> None:
+    """Ranks, norm and similarity at k = 0 again from runs of the first token alone; what they can and cannot tell."""
+    batch = evaluate.prompts(tasks.build("linreg", d=D, n_pairs=N_PAIRS), 40, 0, "probe")
+    held = []
+    for name in config.models:
+        record = hooks.record(models.load(name), batch.x[:, :1], "*.hook_state")
+        held.append([h[:, 0].double() for h in record.values()])
+    table = result.table[result.table["at"] == "k=0"]
+    for name, layers in zip(config.models, held, strict=True):
+        own = table[table.model == name]
+        for layer, h in enumerate(layers):
+            rows = own[own.layer == str(layer)].set_index("quantity").value
+            assert rows["effective rank of a state"] == pytest.approx(float(effective_rank(h[:10]).mean()), rel=1e-5)
+            flat = h.flatten(1)
+            expected = float(effective_rank(flat - flat.mean(0)))
+            assert rows["effective rank across prompts"] == pytest.approx(expected, rel=1e-4)
+        assert {"R² of w", "R² of w, untrained", "R² of y", "error", "norm of the state"} <= set(own.quantity)
+        assert not {"R² of Xty", "R² of XtX", "R² of w_ols"} & set(own.quantity)
+        assert (own[own.quantity == "R² of w"].value < 0.3).all()  # w is not known yet
+    pair = table[(table.quantity == "cka") & (table.layer == "1 ~ 2")].iloc[0]
+    assert pair.value == pytest.approx(similarity.cka(*(h.flatten(1) for h in (held[0][1], held[1][2]))), rel=1e-4)
+    best = result.arrays["cka_best_0_1_k0"]
+    assert best[0] == pytest.approx(table[table.quantity == "cka"].value.max())
+    assert result.provenance["notes"] == ["after 0 examples XtX, Xty, w_ols are the same for every prompt: not probed"]
+    # The norm is of the longer prompts: the first token's, over that after the last trained example.
+    made = tasks.build("linreg", d=D, n_pairs=N_PAIRS)
+    longer = made.sample(10, seeds.generator("probe", 0, 1), n_pairs=2 * N_PAIRS)
+    square = states.norms(models.load(config.models[0]), longer.tokens).double().square()
+    first, last = square[..., 0], square[..., int(longer.read[N_PAIRS - 1]) - 1]
+    expected = float((first / last.mean(1, keepdim=True)).mean().sqrt())
+    norm = table[(table.model == config.models[0]) & (table.quantity == "norm of the state")].iloc[0]
+    assert norm.value == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.end_to_end
+@pytest.mark.parametrize(("n_pairs", "panels"), [(1, 7), (2, 8)])
+def test_prompts_too_short_to_remember_run_to_the_end_and_say_what_is_missing(
+    config: compare_states.Config, tmp_path: Path, n_pairs: int, panels: int
+) -> None:
+    found = compare_states.run(dataclasses.replace(config, task_config=(f"n_pairs={n_pairs}",), permutations=10))
+    assert found.config["task_config"]["n_pairs"] == n_pairs
+    assert found.ok, [check for check in found.checks if not check.ok]
+    notes, table = found.provenance["notes"], found.table
+    assert any("was trained with n_pairs=9" in note for note in notes)
+    assert any("no room to remember" in note for note in notes)
+    assert any("no state is swapped" in note for note in notes) == (n_pairs == 1)
+    assert table.quantity.str.startswith("recovery").any() == (n_pairs == 2)
+    assert not table.quantity.str.startswith(("left of", "half-life", "resets", "derivative", "share of")).any()
+    decoded = table[table.quantity == "R² of w"]
+    assert set(decoded["at"]) == {f"k={k}" for k in range(n_pairs)} and set(table[table.quantity == "svcca"]["at"]) >= {
+        "k=0"
+    }
+    saved = found.save(tmp_path, analysis="compare_states")
+    assert saved.folder is not None
+    figure = compare_states.plot(Result.load(saved.folder))
+    letters = [axes.get_title(loc="left") for axes in figure.axes if axes.get_title(loc="left")]
+    assert letters == list("abcdefghijkl"[:panels])
+    start = "With no example before a query" if n_pairs == 1 else "After 1 examples"
+    assert figure.get_suptitle().startswith(start)
+
+
+@pytest.mark.contract
+def test_a_layer_that_is_the_same_for_every_prompt_at_k_0_is_not_compared(
+    parts: tuple[list[Study], list[Any], Any, Plan],
+) -> None:
+    found, loaded, _, asked = parts
+    rows = [torch.ones_like(found[0].rows[0][0]), *found[0].rows[0][1:]]
+    still = [dataclasses.replace(found[0], rows={**found[0].rows, 0: rows}), found[1]]
+    alike = compare_states._alike(still, asked)
+    for measure, each in alike[0][0, 1].items():
+        assert np.isnan(each.value[0]).all() and np.isnan(each.p_family[0]).all(), measure
+        np.testing.assert_allclose(each.value[1:], parts[2][0][0, 1][measure].value[1:])
+    names = dict(zip([one.name for one in still], loaded, strict=True))
+    (note,) = [note for note in compare_states._notes(still, names, asked) if "states of" in note]
+    assert f"{still[0].name} in layers 0 are the same" in note
+    compare_states._checks(still, loaded, alike, asked)
+    assert state_rows.table(still, alike, asked).query("quantity == 'cka' and `at` == 'k=0'").layer.tolist() == [
+        "1 ~ 0", "1 ~ 1", "1 ~ 2",
+    ]  # fmt: skip
+    none = [dataclasses.replace(found[0], rows={**found[0].rows, 0: [rows[0], rows[0]]}), found[1]]
+    assert compare_states._alike(none, asked)[0] == {}
+
+
+@pytest.mark.end_to_end
+def test_every_pair_of_models_and_measure_is_in_the_figure(
+    paths: dict[str, str], config: compare_states.Config, tmp_path: Path
+) -> None:
+    names = tuple(paths[name] for name in ("mamba", "s4d", "s4"))
+    found = compare_states.run(dataclasses.replace(config, models=names, permutations=10))
+    saved = found.save(tmp_path, analysis="compare_states")
+    assert saved.folder is not None
+    loaded = Result.load(saved.folder)
+    figure = compare_states.plot(loaded)
+    letters = [axes.get_title(loc="left") for axes in figure.axes if axes.get_title(loc="left")]
+    assert letters == list("abcdefghijklm")
+    pairs = {(0, 1): ("mamba", "s4d"), (0, 2): ("mamba", "s4"), (1, 2): ("s4d", "s4")}
+    maps = {(axes.get_ylabel(), axes.get_xlabel()): axes for axes in figure.axes if axes.images}
+    for (i, j), (one, two) in pairs.items():
+        drawn = maps[f"layer of {one}", f"layer of {two}"].images[0]
+        np.testing.assert_array_equal(drawn.get_array(), loaded.arrays[f"cka_{i}_{j}"][0])
+        assert drawn.get_clim() == maps["layer of mamba", "layer of s4d"].images[0].get_clim()
+    (measures,) = [axes for axes in figure.axes if axes.get_xlabel() == "similarity of the most alike layers"]
+    marks = [(float(x), line.get_marker()) for line in measures.lines for x in line.get_xdata()]
+    for i, j in pairs:
+        for measure in ("cka", "svcca", "procrustes"):
+            for end in ("", "_k0"):
+                value, edge = loaded.arrays[f"{measure}_best_{i}_{j}{end}"]
+                if measure == "procrustes":
+                    value, edge = 1 - value**2 / 2, 1 - edge**2 / 2
+                for x, ticks in ((value, False), (edge, True)):
+                    at = [place for place, marker in marks if (marker == "|") == ticks]
+                    assert min(abs(place - x) for place in at) < 1e-9, (measure, i, j, end)
+    assert len(marks) == 3 * 3 * 2 * 2
+    assert not _overlapping(figure)
+
+
+def _overlapping(figure: Any) -> list[tuple[str, str]]:
+    """Pairs of texts of two panels, or of a panel and the figure, that lie over each other."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    texts = [(-1, text) for text in (figure._suptitle, figure._supxlabel)]
+    for i, axes in enumerate(figure.axes):
+        ticks = [tick.label1 for axis in (axes.xaxis, axes.yaxis) for tick in axis._update_ticks()]
+        keys = [] if axes.get_legend() is None else axes.get_legend().get_texts()
+        labels = (axes.xaxis.label, axes.yaxis.label, axes._left_title)
+        texts += [(i, text) for text in (*labels, *ticks, *keys, *axes.texts)]
+    boxes = [
+        (i, text.get_text(), text.get_window_extent(canvas.get_renderer())) for i, text in texts if text.get_text()
+    ]
+    return [
+        (one, two)
+        for a, (i, one, first) in enumerate(boxes)
+        for j, two, second in boxes[a + 1 :]
+        if i != j and first.overlaps(second)
+    ]
+
+
 @pytest.mark.contract
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        ({"task_config": ("n_pairs",)}, "--task-config takes name=value"),
+        ({"task_config": ("d=3",)}, "reads tokens of 2 numbers and this task has 3"),
         ({"task": "lingre"}, "no task is called"),
         ({"models": ("mamba",)}, "two or more different models"),
         ({"models": ("mamba", "mamba")}, "two or more different models"),
@@ -192,7 +337,11 @@ def test_joint_tokens_and_a_query_of_its_own(tmp_path: Path) -> None:
         error = evaluate.errors(model, task, n=256, query_only=True).double()
         row = {"error": float(error.mean()), "standard_error": float(error.std()) / 16, "n": 256}
         path = tmp_path / f"{architecture}.safetensors"
-        models.save(model, path, {"task": "outliers", "task_config": task.config, "measured": {"model": {"k=8": row}}})
+        models.save(
+            model,
+            path,
+            {"task": "outliers", "task_config": task.config, "measured": {"model": {"k=8": row}, "n": 1280}},
+        )
         paths.append(str(path))
     found = compare_states.run(
         compare_states.Config(task="outliers", models=tuple(paths), prompts=64, components=6, permutations=20)
@@ -258,9 +407,14 @@ def test_every_check_fails_when_what_it_checks_is_broken(parts: tuple[list[Study
     told = {name: dataclasses.replace(r, shuffled=r.score * 0 + 0.5) for name, r in one.reading.items()}
     assert {"shuffled w, mean R²", "shuffled Xty, mean R²"} <= failing(parts, reading=told)
     biased = {
-        pair: {"cka": dataclasses.replace(m["cka"], null_mean=m["cka"].null_mean + 0.3)} for pair, m in parts[2].items()
+        k: {
+            pair: {"cka": dataclasses.replace(m["cka"], null_mean=m["cka"].null_mean + 0.3)} for pair, m in each.items()
+        }
+        for k, each in parts[2].items()
     }
-    assert failing(parts, alike=biased) == {"debiased CKA of permuted prompts, largest in standard errors"}
+    assert failing(parts, alike=biased) == {
+        f"debiased CKA of permuted prompts, k={k}, largest in standard errors" for k in (0, 4)
+    }
 
 
 @pytest.mark.planted

@@ -13,7 +13,16 @@ from torch import Tensor
 
 from hooks.errors import BadArgument, NonFinite
 from interp import similarity
-from interp.similarity import cka, compare, coordinates, effective_rank, participation_ratio, procrustes, svcca
+from interp.similarity import (
+    cka,
+    compare,
+    coordinates,
+    effective_rank,
+    leading,
+    participation_ratio,
+    procrustes,
+    svcca,
+)
 
 MEASURES = {"cka": cka, "svcca": svcca, "procrustes": procrustes}
 
@@ -146,6 +155,22 @@ def test_compare_gives_the_single_measures_and_the_null_of_permuted_rows(name: s
         assert found.null_mean[i, 0] == pytest.approx(np.mean(chance), rel=1e-8, abs=1e-12)
         alike = np.sum([c <= found.value[i, 0] if name == "procrustes" else c >= found.value[i, 0] for c in chance])
         assert found.p[i, 0] == pytest.approx((1 + alike) / 8)
+    sign = -1 if name == "procrustes" else 1
+    best = [max(sign * MEASURES[name](x, ys[0][order], **options) for x in xs) for order in orders]
+    assert found.edge == pytest.approx(sign * np.quantile(best, 0.95), rel=1e-8)
+
+
+@pytest.mark.law
+@pytest.mark.parametrize("name", ["svcca", "procrustes"])
+def test_the_leading_components_are_all_that_a_measure_of_so_many_sees(name: str) -> None:
+    x, y = normal(20, 7) * torch.linspace(1, 3, 7), normal(20, 9, seed=1)
+    y[:, :5] += x[:, :5]
+    whole, few = (compare([a], [b], name, components=3, n_perm=5) for a, b in ((x, y), (leading(x, 3), leading(y, 3))))
+    assert leading(x, 3).shape == (20, 3)
+    for part in ("value", "null_mean", "null_edge"):
+        np.testing.assert_allclose(getattr(few, part), getattr(whole, part), rtol=1e-9)
+    less = compare([leading(x, 2)], [leading(y, 2)], name, components=3, n_perm=5)
+    assert abs(less.value - whole.value).item() > 1e-3
 
 
 @pytest.mark.planted

@@ -58,6 +58,15 @@ def test_positions_of_queries_in_both_layouts() -> None:
     assert [states.query(joint, k) for k in range(4)] == [0, 1, 2, 3] and states.stride(joint) == 1
 
 
+@pytest.mark.definition
+@pytest.mark.parametrize("layout", ["interleaved", "joint"])
+def test_the_first_query_alone_has_nothing_before_it_and_no_label(layout: str) -> None:
+    batch = evaluate.prompts(tasks.build("linreg", d=2, n_pairs=4, tokens=layout), 3)
+    x = torch.cat([batch.x[:, :1], torch.zeros(3, 1, 1)], dim=-1) if layout == "joint" else batch.x[:, :1]
+    torch.testing.assert_close(states.alone(batch), x)
+    assert (batch.tokens[:, :1] == states.alone(batch)).all() == (layout == "interleaved")
+
+
 @pytest.mark.planted
 def test_rank_across_prompts_is_that_of_the_centred_states() -> None:
     """Three equal directions around a large common state: 3, whereas without centring the common one hides them."""
