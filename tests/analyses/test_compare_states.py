@@ -40,7 +40,7 @@ def checkpoint(folder: Path, name: str, architecture: str, task_config: dict[str
     model = models.build(architecture, **SIZES[architecture], d_in=made.d_token, d_out=1).eval()
     measured = {f"k={k}": row for k, row in evaluate.summary(model, made, [2, 4, 8], n=256).items()}
     path = folder / f"{name}.safetensors"
-    models.save(model, path, {"task": task, "task_config": made.config, "measured": {"model": measured, "n": 1280}})
+    models.save(model, path, {"task": task, "task_config": made.config, "measured": {"model": measured, "n": 256}})
     return str(path)
 
 
