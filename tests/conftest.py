@@ -112,6 +112,11 @@ def pytest_configure(config: pytest.Config) -> None:
         install(PACKAGES)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, so that no process is left with one of them while the others have nothing to do."""
+    items.sort(key=lambda item: "tests/analyses/" not in item.nodeid)
+
+
 # --- nothing left behind ----------------------------------------------------------------------
 
 

@@ -14,7 +14,7 @@ import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import pytest
@@ -85,8 +85,9 @@ class Source:
 Check = Callable[[Source], Iterator[str]]
 
 
+@cache
 def sources() -> list[Source]:
-    """Every Python file of the packages and the tests."""
+    """Every Python file of the packages and the tests, read and parsed once."""
     paths = [p for top in (*PACKAGES, "tests") for p in sorted((ROOT / top).rglob("*.py"))]
     return [
         Source(p.relative_to(ROOT).as_posix(), p.read_text(encoding="utf-8"))

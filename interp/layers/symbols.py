@@ -52,7 +52,7 @@ class Calibration:
 
 
 def calibrate(given: Logits, targets: Int[Tensor, "batch n_pairs"]) -> Calibration:
-    """The scale and the shifts that make the targets most probable, by block; Newton's method in fp64."""
+    """The scale and the shifts that make the targets most probable, by block; in fp64."""
     found = [_fit(block.flatten(0, 1).double(), targets.flatten()) for block in given]
     return Calibration(torch.stack([one[0] for one in found]), torch.stack([one[1:] for one in found]))
 
@@ -107,29 +107,19 @@ def uniform(task: Task, batch: Batch) -> Float[Tensor, "batch n_pairs vocabulary
 
 
 def _fit(z: Float[Tensor, "row symbol"], goal: Int[Tensor, " row"]) -> Float[Tensor, " parameter"]:
-    """(a, b_0, … b_{S-1}) by damped Newton steps, each halved until it lowers what is minimised."""
-    size = z.shape[1]
-    features = torch.cat([z[:, :, None], torch.eye(size).to(z).expand(len(z), size, size)], dim=2)
-    start = torch.zeros(1 + size).to(z)
+    """(a, b_0, … b_{S-1}) by a quasi-Newton method: convex, and no matrix as large as the square of the vocabulary."""
+    start = torch.zeros(1 + z.shape[1]).to(z)
     start[0] = 1.0
+    w = start.clone().requires_grad_()
+    search = torch.optim.LBFGS(
+        [w], max_iter=500, tolerance_grad=1e-9, tolerance_change=1e-12, line_search_fn="strong_wolfe"
+    )
 
-    def cost(w: Tensor) -> Tensor:
-        return cross_entropy(features @ w, goal) + DAMPING * (w - start).square().sum()
+    def cost() -> Tensor:
+        damped = cross_entropy(w[0] * z + w[1:], goal) + DAMPING * (w - start).square().sum()
+        (w.grad,) = torch.autograd.grad(damped, [w])
+        return damped.detach()
 
-    w, now = start, cost(start)
-    for _ in range(50):
-        p = (features @ w).softmax(dim=1)
-        mean = torch.einsum("ns,nsp->np", p, features)
-        right = features[torch.arange(len(z)), goal]
-        gradient = (mean - right).mean(0) + 2 * DAMPING * (w - start)
-        second = torch.einsum("ns,nsp,nsq->pq", p, features, features) / len(z) - mean.T @ mean / len(z)
-        step = torch.linalg.solve(second + 2 * DAMPING * torch.eye(1 + size).to(z), gradient)
-        if float(gradient @ step) < 1e-14:
-            break
-        for _ in range(40):
-            then = cost(w - step)
-            if then <= now:
-                break
-            step = step / 2
-        w, now = w - step, then
-    return w
+    with torch.enable_grad():
+        search.step(cost)
+    return w.detach()

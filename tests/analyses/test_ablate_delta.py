@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -268,7 +269,8 @@ def test_the_command_on_the_bundled_checkpoint(narrowed: tuple[str, ...], tmp_pa
     """``python -m analyses.ablate_delta --task linreg --quick``: files, table, checks; and with one flag wrong."""
     command = [sys.executable, "-m", "analyses.ablate_delta", "--task", "linreg", "--quick", "--out", str(tmp_path)]
     command += narrowed
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    alone = {**os.environ, "OMP_NUM_THREADS": "1"}  # another test is running beside it
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=alone)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     folder = Path(done.stdout.strip().splitlines()[-1].removeprefix("written: "))
