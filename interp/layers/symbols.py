@@ -112,7 +112,7 @@ def _fit(z: Float[Tensor, "row symbol"], goal: Int[Tensor, " row"]) -> Float[Ten
     start[0] = 1.0
     w = start.clone().requires_grad_()
     search = torch.optim.LBFGS(
-        [w], max_iter=500, tolerance_grad=1e-9, tolerance_change=1e-12, line_search_fn="strong_wolfe"
+        [w], max_iter=500, tolerance_grad=1e-6, tolerance_change=1e-10, line_search_fn="strong_wolfe"
     )
 
     def cost() -> Tensor:
