@@ -134,7 +134,8 @@ class Reference:
         for name, value in self.record.items():
             for mode, over in MEANS.items():
                 average = hooks.mean(over, kinds=self.kinds if mode == "token-mean" else None)
-                self._means[mode][name] = average(value, name)[:1].clone()
+                # In fp64: the mean of a constant Δ is then that constant to the last bit, and takes its fast path.
+                self._means[mode][name] = average(value.double(), name)[:1].to(value.dtype)
 
     def mean(self, mode: str, site: str) -> Tensor:
         """The mean that replaces ``site``; both roles of Δ take the mean of Δ itself."""

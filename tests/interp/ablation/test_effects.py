@@ -42,6 +42,18 @@ def under(runs: Ablation, cell: Cell, pattern: str) -> torch.Tensor:
         return hooks.record(runs.model, runs.batch.tokens, pattern)[pattern]
 
 
+@pytest.mark.law
+@pytest.mark.parametrize("mode", ["mean", "position-mean", "token-mean"])
+def test_the_mean_of_a_constant_step_is_that_step_to_the_last_bit(mode: str) -> None:
+    """In fp32 a sum over thousands of equal numbers is rounded; S4D would then take the path of a varying Δ."""
+    task = tasks.build("linreg", d=3, n_pairs=21)
+    model = models.build("s4d", d_model=8, n_layers=1, d_state=4, d_in=3, d_out=1).eval()
+    found = Reference(model, evaluate.prompts(task, 100, 0, "reference"), task.kinds)
+    mean = found.mean(mode, "blocks.0.mixer.hook_delta")
+    step = model.blocks[0].mixer.log_dt.detach().exp()
+    assert torch.equal(mean.expand(1, 41, 8), step.expand(1, 41, 8))
+
+
 @pytest.mark.edit
 @pytest.mark.parametrize("role", ["both", "decay", "write"])
 @pytest.mark.parametrize("mode", ["mean", "position-mean", "token-mean"])
