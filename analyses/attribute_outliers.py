@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from interp.tasks import Batch, Task
     from models import Root
 
-QUICK = 64
+QUICK = 48
 KNOCKED = 64
 ALPHAS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 PLAIN, ONLINE = "theory, gate-free (hand-set)", "theory, online gradient (hand-set)"
@@ -74,7 +74,7 @@ class Config:
     out: Path = Path("out")
     "Where the result's folder goes."
     quick: bool = False
-    "The same with 64 prompts."
+    "The same with 48 prompts."
     json: bool = False
     "Print result.json instead of the table."
 

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     Alike = Mapping[int, Mapping[tuple[int, int], Mapping[str, Similarity]]]
 
 QUICK = 40
-STEMS = ("mamba", "lti-mamba", "s4d")
+STEMS = ("mamba", "s4d", "lti-mamba")
 FP32 = 1e-4
 """Largest difference between two fp32 paths of one function, relative to the largest value."""
 
@@ -56,7 +56,7 @@ class Config:
     task_config: tuple[str, ...] = ()
     "Options that differ from the checkpoints' own, as name=value, e.g. n_pairs=31."
     models: tuple[str, ...] = ()
-    "Two or more bundled names or run folders; those of mamba-, lti-mamba- and s4d-<task> that there are if not given."
+    "Two or more bundled names or run folders; those of mamba-, s4d- and lti-mamba-<task> that there are if not given."
     prompts: int = 256
     "Prompts; a quarter of them judge the probes."
     components: int = 32
@@ -74,7 +74,7 @@ class Config:
     out: Path = Path("out")
     "Where the result's folder goes."
     quick: bool = False
-    "The same with 40 prompts, 12 components and 60 permutations."
+    "The same with 40 prompts, 12 components and 60 permutations; with two models where none is named."
     json: bool = False
     "Print result.json instead of the table."
 
@@ -141,7 +141,8 @@ def _open(config: Config) -> tuple[list[str], list[Root], Task]:
     cards.need_vectors(tasks.build(config.task), "the comparison of states")
     whole_number("longer", config.longer, least=2)
     have = models.names()
-    names = list(config.models) or [f"{stem}-{config.task}" for stem in STEMS if f"{stem}-{config.task}" in have]
+    default = [f"{stem}-{config.task}" for stem in STEMS if f"{stem}-{config.task}" in have]
+    names = list(config.models) or (default[:2] if config.quick else default)
     if len(set(names)) < 2 or len(set(names)) < len(names):
         raise BadArgument(
             f"compare_states takes two or more different models, not {', '.join(names) or 'none'}; "
