@@ -459,6 +459,15 @@ class _Still:
         return getattr(self.real, name)
 
 
+@pytest.mark.contract
+def test_a_quick_run_compares_two_models_where_none_is_named() -> None:
+    every = [f"{stem}-linreg" for stem in ("mamba", "s4d", "lti-mamba")]
+    assert compare_states._open(compare_states.Config())[0] == every
+    assert compare_states._open(compare_states.Config(quick=True))[0] == every[:2]
+    named = compare_states.Config(quick=True, models=tuple(every))
+    assert compare_states._open(named)[0] == every
+
+
 @pytest.mark.slow
 @pytest.mark.end_to_end
 def test_the_command(paths: dict[str, str], tmp_path: Path) -> None:
