@@ -227,7 +227,8 @@ def plot(result: Result) -> Figure:
         place.set_xlabel("examples seen, k")
         place.set_ylabel(str(result.arrays["metric"]))
     draw.beside(figure, axes[: len(panels_of)])
-    figure.suptitle(textwrap.fill(_title(result), 52 * across), fontsize=10)
+    whole = _title(result).replace("k = ", "k\u00a0=\u00a0")  # no line ends within it
+    figure.suptitle(textwrap.fill(whole, 52 * across), fontsize=10)
     return draw.settle(figure)
 
 

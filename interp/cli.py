@@ -126,11 +126,10 @@ def explain(error: BaseException) -> tuple[int, str]:
 
 def saved(module: ModuleType, result: Any, out: Path) -> Any:
     """``result``, written with its figure; the figure is drawn by the command's own ``plot``."""
+    from interp import plot
+
     figure = module.plot(result)
-    figures = {
-        "figure.png": lambda path: figure.savefig(path, dpi=200),
-        "figure.svg": lambda path: figure.savefig(path, metadata={"Date": None}),
-    }
+    figures = {"figure.png": partial(plot.png, figure), "figure.svg": partial(plot.svg, figure)}
     return result.save(out, analysis=_name(module), figures=figures)
 
 

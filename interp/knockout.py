@@ -203,11 +203,14 @@ class _Scan:
         seen, self.seen = self.seen, {}
         forgets, write = self._as_run(seen[self.forgets], seen["hook_write"])
         mask = self.chosen.mask(*y.shape[:2]).to(y.device)
-        lost = torch.zeros(y.shape, dtype=write.dtype, device=y.device)
-        for t, carried in _carried(forgets, write, mask, self._advance):
-            C = seen.get("hook_C")
-            lost[:, t] = self._read(carried[:, None], None if C is None else C[:, t : t + 1])[:, 0]
-        return y - lost
+        carry = _from_every_earlier if _every_later(mask) else _carried
+        at = mask.any(1).any(0).nonzero()[:, 0]
+        carried = write.new_zeros(write.shape[0], len(at), *write.shape[2:])
+        for row, (t, what) in enumerate(carry(forgets, write, mask, self._advance)):
+            assert t == at[row]
+            carried[:, row] = what
+        C = seen.get("hook_C")
+        return y.index_add(1, at, self._read(carried, None if C is None else C[:, at]).to(y.dtype), alpha=-1)
 
     def _as_run(self, forgets: Tensor, write: Tensor) -> tuple[Tensor, Tensor]:
         """With the edits of the state that come after both sites have fired."""
@@ -260,6 +263,28 @@ def _carried(
             sums = [(ahead, carried) for ahead, carried in sums if bool(ahead.any())]
         if sources[t]:
             _join(sums, mask[:, t] & (at > t), write[:, t])
+
+
+def _every_later(mask: Mask) -> bool:
+    """Whether each source that there is has every later position as its target, and none has itself."""
+    at = torch.arange(mask.shape[1], device=mask.device)
+    return bool((mask == mask.any(2, keepdim=True) & (at > at[:, None])).all())
+
+
+def _from_every_earlier(
+    forgets: Tensor,
+    write: Float[Tensor, "batch pos d_inner n"],
+    mask: Mask,
+    advance: Callable[[Tensor, Tensor], Tensor],
+) -> Iterator[tuple[int, Float[Tensor, "batch d_inner n"]]]:
+    """What :func:`_carried` gives where :func:`_every_later` holds: one running sum, from the first target on."""
+    source = mask.any(2)
+    written = torch.where(source[..., None, None], write, 0)
+    carried = torch.zeros_like(write[:, 0])
+    first = min(source.any(0).nonzero()[:, 0].tolist(), default=write.shape[1])
+    for t in range(first + 1, write.shape[1]):
+        carried = advance(forgets[:, t], carried + written[:, t - 1])
+        yield t, carried
 
 
 def _join(sums: list[tuple[Tensor, Tensor]], ahead: Tensor, write: Tensor) -> None:

@@ -9,11 +9,13 @@
       skewed: {task: linreg, task_config: {covariance: skewed}}
     seeds: [0, 1]                                                  # optional
     sizes: {small: {n_layers: 2}, large: {n_layers: 8}}            # optional: over the model's config
+    recipes: [mamba-1layer-markov]                                 # optional: further cells, JSON files beside this one
     skip: ["*-skewed-large-*"]                                     # optional patterns of cells; or only: [...]
 
 A cell is called ``<model>-<task>``, then ``-<size>`` where there are sizes and ``-seed<n>`` where there
-are several seeds. A field of a model or a task takes the place of the base's; two that say the same
-field differently for one cell are refused, because neither is the more particular.
+are several seeds; one of ``recipes`` is called as its file, and is one cell whatever the seeds and
+sizes. A field of a model or a task takes the place of the base's; two that say the same field
+differently for one cell are refused, because neither is the more particular.
 """
 
 from __future__ import annotations
@@ -29,16 +31,19 @@ from typing import Any
 import yaml
 
 from hooks.errors import BadArgument, unknown
+from interp.training import recipe as training
 from interp.training.recipe import TrainConfig, from_dict
 
-FIELDS = ("name", "base", "models", "tasks", "seeds", "sizes", "skip", "only")
+FIELDS = ("name", "base", "models", "tasks", "seeds", "sizes", "recipes", "skip", "only")
 NESTED = ("task_config", "model_config")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One training of a sweep: its name, what it is of, and its recipe. ``size`` is empty where there are none."""
+    """One training of a sweep: its name, what it is of, and its recipe. ``size`` is empty where there are none;
+    ``beside`` says that it is one of ``recipes``, which nothing makes comparable to the grid.
+    """
 
     name: str
     model: str
@@ -46,11 +51,12 @@ class Cell:
     seed: int
     size: str
     recipe: TrainConfig
+    beside: bool = False
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """A name and the cells, in the order of models, tasks, sizes and seeds."""
+    """A name and the cells, in the order of models, tasks, sizes and seeds, then those of ``recipes``."""
 
     name: str
     cells: tuple[Cell, ...]
@@ -71,11 +77,11 @@ def read(path: Path) -> Sweep:
         raise BadArgument(f"cannot read the sweep {path}: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise BadArgument(f"{path} is not a sweep: it holds no mapping; its fields are {', '.join(FIELDS)}")
-    return expand(values, str(path))
+    return expand(values, str(path), path.parent)
 
 
-def expand(values: Mapping[str, Any], source: str = "the sweep") -> Sweep:
-    """The sweep that ``values`` describes, every cell with its whole recipe.
+def expand(values: Mapping[str, Any], source: str = "the sweep", folder: Path = Path()) -> Sweep:
+    """The sweep that ``values`` describes, every cell with its whole recipe; ``folder`` is that of its ``recipes``.
 
     Raises BadArgument for a field that there is not (with the near names), a value of another kind,
     a field that is given twice for one cell, and a pattern that matches no cell.
@@ -102,6 +108,7 @@ def expand(values: Mapping[str, Any], source: str = "the sweep") -> Sweep:
                     fields["model_config"] = {**fields.get("model_config", {}), **of_size}
                     recipe = from_dict({**fields, "seed": seed}, where)
                     cells.append(Cell(name, model, task, seed, size, recipe))
+    cells += _recipes(source, values.get("recipes"), folder)
     return Sweep(title, _chosen(source, cells, values))
 
 
@@ -157,6 +164,24 @@ def _sizes(source: str, values: Any) -> dict[str, Mapping[str, Any]]:
         if not isinstance(options, Mapping):
             raise BadArgument(f"{source}: sizes: {name} is {options!r}; give options of the model as name: value")
     return dict(values)
+
+
+def _recipes(source: str, values: Any, folder: Path) -> list[Cell]:
+    """A cell for each JSON file that is named; its model is called as the file without the task at its end."""
+    if values is None:
+        return []
+    if not (isinstance(values, list) and values and all(isinstance(name, str) for name in values)):
+        raise BadArgument(f"{source}: recipes is {values!r}; give a list of names of JSON files beside the sweep's")
+    _check_names(source, "recipes", dict.fromkeys(values))
+    have = sorted(path.stem for path in folder.glob("*.json"))
+    cells = []
+    for name in values:
+        if name not in have:
+            raise BadArgument(f"{source}: recipes: {unknown('recipe', name, have)}")
+        found = training.read(folder / f"{name}.json")
+        model = name.removesuffix(f"-{found.task}")
+        cells.append(Cell(name, model, found.task, found.seed, "", found, beside=True))
+    return cells
 
 
 def _seeds(source: str, values: Any, base: Mapping[str, Any]) -> list[int]:

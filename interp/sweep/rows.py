@@ -79,13 +79,13 @@ def checks(
     """
     sizes: dict[tuple[str, str], list[int]] = {}
     for cell in cells:
-        if cell.name in cards:
+        if cell.name in cards and not cell.beside:
             sizes.setdefault((cell.task, cell.size), []).append(cards[cell.name]["parameters"])
     rates = [len(card["learning_rates"]) for card in cards.values()]
     return [
         Check.at_most("cells that failed", float(len(failed)), 0.0),
         Check.at_most(
-            "parameters of the models of one task and size: largest ÷ smallest",
+            "parameters of the grid's models of one task and size: largest ÷ smallest",
             max((max(of) / min(of) for of in sizes.values()), default=math.nan),
             1.1,
         ),

@@ -11,11 +11,12 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any, Literal
 
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 
 from analyses import __main__ as listing
 from hooks.errors import BadArgument, RunFailed
@@ -59,7 +60,9 @@ def command(run: Callable[[Any], Any], plot: Callable[[Any], Any] | None = None)
 
 
 def drawn(result: Result) -> Any:
-    return SimpleNamespace(savefig=lambda path, **options: Path(path).write_bytes(b"figure"))
+    figure = Figure((2, 1), layout="constrained")
+    figure.subplots().plot([1, 2])
+    return figure
 
 
 def raising(error: BaseException) -> ModuleType:
@@ -153,15 +156,15 @@ def test_the_traceback_is_there_when_asked_for(
     assert err.endswith("error: wrong\n")
 
 
-def test_a_figure_that_fails_leaves_no_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def no_figure(found: Result) -> Any:
-        def savefig(path: Path, **options: Any) -> None:
-            Path(path).write_bytes(b"half")
-            raise KeyboardInterrupt
+def test_a_figure_that_fails_leaves_no_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def half(figure: Figure, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
 
-        return SimpleNamespace(savefig=savefig)
-
-    assert cli.main(command(result, no_figure), ["--out", str(tmp_path)]) == 1
+    monkeypatch.setattr("interp.plot.svg", half)
+    assert cli.main(command(result, drawn), ["--out", str(tmp_path)]) == 1
     assert os.listdir(tmp_path / "example") == []
     assert capsys.readouterr().err.count("\n") == 1
 

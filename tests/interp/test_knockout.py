@@ -12,7 +12,7 @@ import hooks
 import models
 from hooks.errors import BadArgument
 from interp import patch
-from interp.knockout import _carried, _no_nan, _times, through_taps
+from interp.knockout import _carried, _every_later, _from_every_earlier, _no_nan, _times, through_taps
 from tests.hooks.conftest import build, left_on
 from tests.interp.planted import ANSWER, DECOY, LENGTH, last, one_path, prompts
 from tests.models.dense_s4 import dense
@@ -83,18 +83,21 @@ def test_all_single_knock_outs_of_a_query_sum_to_its_scan_output(variant: str, x
 
 
 @pytest.mark.definition
-@pytest.mark.parametrize("per_prompt", [False, True])
-def test_any_pairs_are_the_double_sum_over_pairs(per_prompt: bool, x: Tensor) -> None:
+@pytest.mark.parametrize("which", ["listed", "of each prompt", "to every later"])
+def test_any_pairs_are_the_double_sum_over_pairs(which: str, x: Tensor) -> None:
     model, name = build("mamba"), "blocks.1.mixer.hook_y"
     mask = torch.zeros(4, 9, 9, dtype=torch.bool)
     for s, t in PAIRS:
         mask[:, s, t] = True
-    if per_prompt:
+    if which != "listed":
         mask = (torch.rand(4, 9, 9, generator=torch.Generator().manual_seed(2)) < 0.4).triu()
         mask[2] = False
+    if which == "to every later":
+        mask = patch.between(mask[:, 0], range(9), 9)
+    assert _every_later(mask) == (which == "to every later")
     with hooks.edit(model, {"*.hook_delta_decay": hooks.scale(0.3)}), hooks.expose(model):  # the run's own decays
         site = states_of(model, 1, x)
-        found = under(model, patch.knock_out(model, mask if per_prompt else PAIRS, 1, "scan"), x, name)
+        found = under(model, patch.knock_out(model, PAIRS if which == "listed" else mask, 1, "scan"), x, name)
     expected = site["hook_y"].clone()
     for b, s, t in mask.nonzero().tolist():
         survives = site["hook_decay"][b, s + 1 : t + 1].prod(0)
@@ -259,20 +262,21 @@ def test_edits_of_the_state_are_reckoned_with(variant: str, x: Tensor) -> None:
 
 @pytest.mark.law
 @pytest.mark.parametrize("parts", [1, 2])
-def test_a_decay_of_zero_lets_nothing_through_not_even_nan(parts: int) -> None:
+@pytest.mark.parametrize("carry", [_carried, _from_every_earlier])
+def test_a_decay_of_zero_lets_nothing_through_not_even_nan(carry: Any, parts: int) -> None:
     decay, write = torch.rand(2, 2, 9, 3, 4, dtype=torch.float64)
-    decay[:, 4], write[:, 3] = 0, torch.inf
-    mask = torch.zeros(1, 9, 9, dtype=torch.bool)
-    mask[0, [2, 3, 4], 6] = True
+    decay[:, 4], write[:, [1, 3]] = 0, torch.inf  # what 1 writes is not knocked out
     advance = _times if parts == 2 else _no_nan
-    ((t, found),) = _carried(decay, write, mask, advance)
-    assert t == 6
-    torch.testing.assert_close(found, advance(decay[:, 6], advance(decay[:, 5], write[:, 4])))
-    assert bool(found.any())
+    mask = patch.between([2, 3, 4], [6] if carry is _carried else range(9), 9)
+    found = dict(carry(decay, write, mask, advance))
+    assert list(found) == ([6] if carry is _carried else [3, 4, 5, 6, 7, 8])
+    torch.testing.assert_close(found[6], advance(decay[:, 6], advance(decay[:, 5], write[:, 4])))
+    assert bool(found[6].any())
 
 
 @pytest.mark.definition
-def test_sources_with_the_same_targets_ahead_share_one_sum() -> None:
+@pytest.mark.parametrize("carry", [_carried, _from_every_earlier])
+def test_sources_with_the_same_targets_ahead_share_one_sum(carry: Any) -> None:
     """Every outlier to every later token of its own prompt costs one scan, however many there are."""
     decay, write = torch.rand(2, 3, 9, 2, 4, dtype=torch.float64)
     outlier = torch.rand(3, 9, generator=torch.Generator().manual_seed(0)) < 0.5
@@ -282,7 +286,7 @@ def test_sources_with_the_same_targets_ahead_share_one_sum() -> None:
         steps.append(1)
         return kept * carried
 
-    found = dict(_carried(decay, write, patch.between(outlier, range(9), 9), advance))
+    found = dict(carry(decay, write, patch.between(outlier, range(9), 9), advance))
     assert int(outlier.sum()) > 9 and len(steps) <= 8
     h = torch.zeros(3, 2, 4, dtype=torch.float64)
     for t in range(9):

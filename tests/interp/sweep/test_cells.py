@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 
 from hooks.errors import BadArgument
 from interp.sweep import cells as sweep
+from interp.training import recipe
 
 pytestmark = pytest.mark.contract
 
@@ -63,6 +65,33 @@ def test_sizes_and_seeds_are_in_the_name_where_there_are_any(tmp_path: Path) -> 
 def test_only_and_skip_choose_cells(tmp_path: Path) -> None:
     found = of(tmp_path, "only: ['*-two', 'mamba-*']\nskip: ['linear-*']")
     assert [cell.name for cell in found.cells] == ["mamba-two", "mamba-markov"]
+
+
+def test_recipes_are_cells_after_the_grid_whatever_the_seeds(tmp_path: Path) -> None:
+    (tmp_path / "tiny-deep-markov.json").write_text(
+        '{"task": "markov", "model": "mamba", "steps": 7, "learning_rates": [1e-3], "seed": 4}'
+    )
+    found = of(tmp_path, "seeds: [3, 5]\nrecipes: [tiny-deep-markov]\nskip: [linear-*]")
+    assert [cell.beside for cell in found.cells] == [False] * 4 + [True]
+    last = found.cells[-1]
+    assert (last.name, last.model, last.task, last.size, last.seed) == (
+        "tiny-deep-markov",
+        "tiny-deep",
+        "markov",
+        "",
+        4,
+    )
+    assert last.recipe == recipe.read(tmp_path / "tiny-deep-markov.json") and last.recipe.steps == 7
+    for value, said in (
+        ("[tiny-dep-markov]", 'did you mean "tiny-deep-markov"'),
+        ("tiny-deep-markov", "give a list of names"),
+        ("[]", "give a list of names"),
+        ("[../tiny-deep-markov]", "cannot name a folder"),
+        ("[tiny-deep-markov, tiny-deep-markov]", "two cells are called tiny-deep-markov"),
+    ):
+        with pytest.raises(BadArgument, match=re.escape(said)) as refused:
+            of(tmp_path, f"recipes: {value}")
+        assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize(
