@@ -71,9 +71,9 @@ def cell(measured: dict[str, float]) -> str:
     return f"{measured['error']:.4f} ± {measured['standard_error']:.4f}"
 
 
-def isotropic() -> dict[str, dict[str, Any]]:
-    """The cards of linear regression with isotropic inputs."""
-    return {name: card for name, card in cards("linreg").items() if card["task_config"]["covariance"] == "isotropic"}
+def deep() -> dict[str, dict[str, Any]]:
+    """The cards of the deep models of linear regression; those of the grid are called after its inputs."""
+    return {name: card for name, card in cards("linreg").items() if name.endswith("-linreg")}
 
 
 def linreg_table() -> str:
@@ -82,7 +82,7 @@ def linreg_table() -> str:
         "| checkpoint | parameters | steps | seconds | learning rate | error at k = d | 2d | 4d |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for name, card in isotropic().items():
+    for name, card in deep().items():
         d, errors = card["task_config"]["d"], card["measured"]["model"]
         rows.append(row(name, card, [cell(errors[f"k={k}"]) for k in (d, 2 * d, 4 * d)]))
     return "\n".join(rows)
@@ -107,7 +107,7 @@ def others_table() -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, card in bundled().items():
-        if name in {*cards("outliers"), *isotropic()}:
+        if name in {*cards("outliers"), *deep()}:
             continue
         measured = card["measured"]
         k = sorted(int(key[2:]) for key in measured["model"] if key.startswith("k="))[1]

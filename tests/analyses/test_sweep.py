@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -292,6 +293,9 @@ def test_each_check_can_fail() -> None:
     near = {cell.name: 1.0 for cell in made.cells}
     good = sweep_rows.checks(made.cells, cards, {}, near)
     assert all(check.ok for check in good) and len(good) == 4
+    tiny = dataclasses.replace(made.cells[0], name="tiny-linreg", beside=True)
+    other = {**cards, "tiny-linreg": {"parameters": 1, "learning_rates": [1, 2, 3]}}  # compared with nothing
+    assert [check.ok for check in sweep_rows.checks([*made.cells, tiny], other, {}, near)] == [True] * 4
     larger = {**cards, "b-linreg": {**cards["b-linreg"], "parameters": 111}}
     fewer = {**cards, "b-linreg": {**cards["b-linreg"], "learning_rates": [1]}}
     broken = [
