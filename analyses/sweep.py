@@ -10,7 +10,7 @@ Estimand   error of each trained model at the k that its task reports, on 1280 f
 Controls   the best classical method on the same prompts; parameters, learning rates and prompts alike
            for the models of one task; the error of every checkpoint on yet other prompts
 Not shown  with one seed, the spread between trainings; error at every k (learning_curves)
-Cost       the sum of its cells: those of zoo take 2 to 49 minutes each, two and a half hours with two at a time on 2 slow cores
+Cost       the sum of its cells: those of zoo take 2 to 49 minutes each, together two and a half hours with two workers
 """
 
 from __future__ import annotations
