@@ -7,7 +7,7 @@ Controls   every error against the card within 4 standard errors; prompts that n
            the model that is on the card
 Not shown  other trainings of the same models; other k (learning_curves); whether models of different sizes or steps
            are compared fairly: the table has both
-Cost       about 4 minutes for 44 files and 1280 prompts on 2 busy cores
+Cost       about 2 minutes for 44 files and 1280 prompts on 2 cores
 """
 
 from __future__ import annotations
