@@ -345,6 +345,15 @@ def test_an_identity_that_changes_something_is_seen(folder: Path, monkeypatch: p
     assert failing(config(folder), looked_into(config(folder))) == {IDENTITY}
 
 
+def test_a_quick_run_compares_two_trained_models_unless_some_are_named() -> None:
+    pair = {"mamba-outliers", "s4d-outliers"}
+    assert set(analysis._open(analysis.Config(quick=True)).measured()) == pair
+    other = analysis.Config(quick=True, model="mamba-1layer-outliers")
+    assert set(analysis._open(other).measured()) == {*pair, "mamba-1layer-outliers"}
+    named = ("linear-transformer-outliers", "mamba-1layer-outliers")
+    assert set(analysis._open(analysis.Config(quick=True, models=named)).measured()) == {*named, "mamba-outliers"}
+
+
 @pytest.mark.slow
 @pytest.mark.end_to_end
 def test_the_command_on_the_bundled_checkpoints(tmp_path: Path) -> None:
