@@ -22,8 +22,10 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,10 +40,10 @@ if TYPE_CHECKING:
     from interp.tasks import Batch, Task
     from models import Root
 
-QUICK = 48
+QUICK = 32
 KNOCKED = 64
 """The most prompts whose writes are knocked out one by one: a run of the model for each token."""
-QUICK_KNOCKED = 24
+QUICK_KNOCKED = 16
 ALPHAS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 PLAIN, ONLINE = "theory, gate-free (hand-set)", "theory, online gradient (hand-set)"
 STEMS = ("mamba", "mamba-1layer", "linear-transformer", "transformer", "s4", "s4d")
@@ -119,6 +121,7 @@ def run(config: Config) -> Result:
     from interp.outliers.prompts import draw
     from interp.progress import progress
     from interp.result import Result
+    from interp.workers import side_by_side
 
     for alpha in (*config.alphas, config.alpha):
         between("alpha", alpha, 0.0, 1.0)
@@ -128,27 +131,27 @@ def run(config: Config) -> Result:
     for layer in config.layers:
         if not 0 <= layer < len(subjects.model.blocks):
             raise BadArgument(f"there is no layer {layer}: {subjects.name} has {len(subjects.model.blocks)}")
-    found = Findings()
     untrained = _untrained(subjects, config)
-    conditions = list(_conditions(subjects.task, config))
-    with progress(len(config.layers) + 3, "attribute_outliers") as tick:
-        _errors(found, subjects, conditions, count, config)
-        tick()
-        changes = {"rule": config.rules[0]} if config.rules and "rule" in subjects.task.config else {}
-        prompts, others = (
-            draw(subjects.task, count, config.seed, purpose, config.alpha, **changes)
-            for purpose in ("ablate", "reference")
-        )
-        knocked = min(count, QUICK_KNOCKED if config.quick else KNOCKED)
-        for layer in config.layers:
-            why(found, subjects.name, subjects.model, prompts, layer, knocked, config.seed)
-            tick()
-        if GATED in subjects.models:
-            gate_rows(found, GATED, subjects.models[GATED], prompts, 0)
-        used(found, subjects.name, subjects.model, prompts, others, config.seed)
-        tick()
-        used(found, "untrained", untrained, prompts, others, config.seed)
-        tick()
+    changes = {"rule": config.rules[0]} if config.rules and "rule" in subjects.task.config else {}
+    prompts, others = (
+        draw(subjects.task, count, config.seed, purpose, config.alpha, **changes) for purpose in ("ablate", "reference")
+    )
+    knocked = min(count, QUICK_KNOCKED if config.quick else KNOCKED)
+    name, model = subjects.name, subjects.model
+    # Each part on a copy of its own: side by side, no two may use the same model.
+    apart = replace(subjects, models={**subjects.models, name: deepcopy(model)})
+    jobs = [
+        *(partial(_part, why, name, deepcopy(model), prompts, layer, knocked, config.seed) for layer in config.layers),
+        partial(_part, used, name, deepcopy(model), prompts, others, config.seed),
+        partial(_part, used, "untrained", untrained, prompts, others, config.seed),
+        partial(_part, _errors, apart, list(_conditions(subjects.task, config)), count, config),
+    ]
+    found = Findings()
+    with progress(len(jobs), "attribute_outliers") as tick:
+        for one in side_by_side(jobs, tick, config.device):
+            found.take(one)
+    if GATED in subjects.models:
+        gate_rows(found, GATED, subjects.models[GATED], prompts, 0)
     checks = _checks(found, subjects, untrained, count, config.seed)
     asked = {key: value for key, value in asdict(config).items() if key not in ("out", "json")}
     given = {"model": subjects.name, "models": list(subjects.models), "prompts": count}
@@ -163,6 +166,15 @@ def run(config: Config) -> Result:
             "weights": {name: models.digest(model) for name, model in subjects.models.items()},
         },
     )
+
+
+def _part(work: Callable[..., None], *given: Any) -> Findings:
+    """What ``work`` finds, apart from all else."""
+    from interp.outliers.parts import Findings
+
+    found = Findings()
+    work(found, *given)
+    return found
 
 
 def _open(config: Config) -> Subjects:

@@ -25,6 +25,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,7 +94,8 @@ def run(config: Config) -> Result:
     from interp.progress import progress
     from interp.result import Result
     from interp.states import rows as state_rows
-    from interp.states.study import one_thread, plan, study
+    from interp.states.study import plan, study
+    from interp.workers import side_by_side, threads
 
     names, loaded, task = _open(config)
     components = min(config.components, 12) if config.quick else config.components
@@ -106,13 +108,13 @@ def run(config: Config) -> Result:
         longer=config.longer,
         seed=config.seed,
     )
-    studies = []
-    # Many small pieces: threads would wait for each other longer than they work.
-    with progress(len(names) + 1, "compare_states") as tick, one_thread():
-        for name, model in zip(names, loaded, strict=True):
-            studies.append(study(name, model, _untrained(model, config), asked))
-            tick()
-        alike = _alike(studies, asked)
+    jobs = [
+        partial(study, name, model, _untrained(model, config), asked) for name, model in zip(names, loaded, strict=True)
+    ]
+    with progress(len(names) + 1, "compare_states") as tick:
+        studies = side_by_side(jobs, tick, config.device)
+        with threads(1):  # many small pieces
+            alike = _alike(studies, asked)
         tick()
     given = {key: value for key, value in asdict(config).items() if key not in ("out", "json")}
     effective = {"prompts": len(asked.batch), "components": components, "permutations": asked.permutations}

@@ -21,7 +21,9 @@ from __future__ import annotations
 
 import sys
 import time
+from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,10 +78,10 @@ def run(config: Config) -> Result:
     from interp import provenance
     from interp.features import rows as feature_rows
     from interp.result import Result
-    from interp.states.study import one_thread
+    from interp.workers import threads
 
     name, every, notes = _measured(config)
-    with one_thread():
+    with threads(1):  # many small pieces
         checks = _checks(every)
     plan, trained = every.asked, [one.subject for one in every.found if one.subject.how in ("trained", "retrained")]
     given = {key: value for key, value in asdict(config).items() if key not in ("out", "json")}
@@ -107,28 +109,33 @@ def _measured(config: Config) -> tuple[str, All, list[str]]:
     from interp.features.rows import All
     from interp.features.study import HELD, STEP, WRITE, study
     from interp.progress import progress
-    from interp.states.study import one_thread
+    from interp.workers import side_by_side
 
     prompts = QUICK if config.quick else whole_number("prompts", config.prompts, 32)
     components = min(24, config.components) if config.quick else whole_number("components", config.components, 1)
     name, model, task = _open(config)
     subjects, notes = _subjects(config, name, model)
-    # Many small pieces: threads would wait for each other longer than they work.
-    with progress(len(subjects) + len(feature_rivals.FAMILIES) + 1, "feature_learning") as tick, one_thread():
+    with progress(len(subjects) + len(feature_rivals.FAMILIES) + 1, "feature_learning") as tick:
         asked = feature_study.plan(task, prompts, components, config.seed)
         means = feature_study.mean_steps(model, asked)
-        found = []
+        jobs = []
         for subject in subjects:
             whole = subject.variant is None
             ks, whats = (asked.ks, (WRITE, HELD, STEP)) if whole else (asked.ks[-1:], (WRITE,))
-            found.append(study(replace(subject, means=means), asked, ks, whats))
-            tick()
+            # Only ablated is the trained model itself under an edit: side by side, no two may use the same.
+            own = deepcopy(subject.model) if subject.how == "ablated" else subject.model
+            jobs.append(partial(study, replace(subject, model=own, means=means), asked, ks, whats))
+        ran = side_by_side(jobs, tick, config.device)
+        found = [
+            replace(one, subject=replace(subject, means=means)) for one, subject in zip(ran, subjects, strict=True)
+        ]
         tune = evaluate.prompts(task, max(48, (3 * prompts) // 4), config.seed, "validation")
-        rivals, settings = {}, {}
-        for family in feature_rivals.FAMILIES:
-            tuned = feature_rivals.kernel_ridge(task, tune, asked.batch, family)
-            rivals[family], settings[family] = tuned.error, tuned.settings
-            tick()
+        families = list(feature_rivals.FAMILIES)
+        tuned = side_by_side(
+            [partial(feature_rivals.kernel_ridge, task, tune, asked.batch, family) for family in families], tick
+        )
+        rivals = {family: one.error for family, one in zip(families, tuned, strict=True)}
+        settings = {family: one.settings for family, one in zip(families, tuned, strict=True)}
         rivals[feature_rivals.TOLD_ALL] = feature_rivals.posterior(task, asked.batch, config.seed)
         every = All(asked, found, rivals, settings, feature_study.running_sums(asked))
         tick()

@@ -18,6 +18,7 @@ import textwrap
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,6 +90,7 @@ def run(config: Config) -> Result:
     from interp.curves import rows as curve_rows
     from interp.progress import progress
     from interp.result import Result
+    from interp.workers import side_by_side
 
     for level in config.reach:
         between("reach", level, 0.0)
@@ -108,16 +110,17 @@ def run(config: Config) -> Result:
             + "; ".join(published.settings())
         )
     drawn: list[Drawn] = []
-    with progress(len(found) * (len(loaded) + 1), "learning_curves") as tick:
-        for setting in found:
+    with progress(len(loaded) + len(found), "learning_curves") as tick:
+        jobs = [partial(curves.every, name, model, found, config.seed) for name, model in loaded.items()]
+        every = side_by_side(jobs, tick, config.device)
+        for i, setting in enumerate(found):
             lines = []
-            for name, model in loaded.items():
-                curve = curves.errors(name, model, setting, config.seed)
+            for name, made in zip(loaded, every, strict=True):
+                curve = made[i]
                 if curve is None:
                     left.append(f"{name} reads no prompts of {setting.n_pairs} pairs")
                 else:
                     lines.append(curve)
-                tick()
             lines += curves.rival_errors(beside, setting, config.seed, fitted)
             tick()
             drawn.append(curve_rows.drawn(setting, lines, published.of(setting.task) if config.published else []))

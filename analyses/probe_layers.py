@@ -26,8 +26,10 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -101,17 +103,22 @@ def run(config: Config) -> Result:
     from interp.layers import rows as layer_rows
     from interp.progress import progress
     from interp.result import Result
+    from interp.workers import side_by_side
 
     m, queries = whole_number("m", config.m, lens.LEAST_M), whole_number("queries", config.queries, 1)
     prompts = QUICK if config.quick else whole_number("prompts", config.prompts, 32)
     subject = _subject(config)
-    with torch.no_grad(), progress(4, "probe_layers") as tick:
-        seen = layers.through_lens(subject, prompts, m, queries)
-        tick()
-        probes = layers.probes(subject, 2 * prompts)
-        tick()
-        levels = layers.error_map(subject, 2 * prompts)
-        tick()
+    # Side by side, no two may use the same model.
+    second, third = (
+        replace(subject, model=deepcopy(subject.model), untrained=deepcopy(subject.untrained)) for _ in range(2)
+    )
+    jobs: list[Callable[[], Any]] = [
+        partial(layers.through_lens, subject, prompts, m, queries),
+        partial(layers.probes, second, 2 * prompts),
+        partial(layers.error_map, third, 2 * prompts),
+    ]
+    with torch.no_grad(), progress(len(jobs) + 1, "probe_layers") as tick:
+        seen, probes, levels = side_by_side(jobs, tick, config.device)
         found = layers.candidates(subject, levels)
         matches = layers.matches(levels, found, config.seed)
         ks = sorted({*subject.task.report_ks, levels.trained - 1})

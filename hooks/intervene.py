@@ -99,6 +99,8 @@ def _bind(model: Any, plan: list[tuple[str, Edit]]) -> list[tuple[str, Edit]]:
     for name, change in plan:
         if change.prompts is not None:
             groups.setdefault(id(change.prompts), (change.prompts, []))[1].append(name)
+    if not groups:
+        return plan
     with unhooked(model):
         records = {key: record(model, prompts, names) for key, (prompts, names) in groups.items()}
     return [

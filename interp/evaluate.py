@@ -106,14 +106,14 @@ def _evaluating(model: Model) -> Iterator[None]:
     ``model.train(before)`` would not do: it puts one mode on all of them, and a model with a part
     held in eval mode would come out changed.
     """
-    modes = [(m, m.training) for m in model.modules()] if isinstance(model, nn.Module) else []
+    training = [m for m in model.modules() if m.training] if isinstance(model, nn.Module) else []
     try:
-        if isinstance(model, nn.Module):
+        if isinstance(model, nn.Module) and training:
             model.eval()
         yield
     finally:
-        for module, mode in modes:
-            module.training = mode
+        for module in training:
+            module.training = True
 
 
 def _fit(batch: Batch, model: Model) -> Batch:

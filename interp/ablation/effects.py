@@ -17,7 +17,9 @@ at that layer.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import copy, deepcopy
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from jaxtyping import Float
@@ -27,6 +29,7 @@ import hooks
 from hooks.errors import BadArgument, unknown
 from interp.evaluate import errors
 from interp.tasks.base import Batch, Task
+from interp.workers import at_once, side_by_side
 
 ROLES = {"both": "hook_delta", "decay": "hook_delta_decay", "write": "hook_delta_write"}
 SIGNALS = {
@@ -222,12 +225,26 @@ class Ablation:
             return errors(self.model, self.task, batch=self.batch, batch_size=self.chunk)
 
     def sweep(self, cells: Sequence[Cell], tick: Callable[[], object] = lambda: None) -> dict[Cell, Tensor]:
-        """``{cell: errors}``; ``tick`` is called after each."""
-        found = {}
-        for cell in cells:
-            found[cell] = self.run(cell)
-            tick()
-        return found
+        """``{cell: errors}``, on as many copies of the model as can run at once; ``tick`` is called after each."""
+        device = next(self.model.parameters()).device
+        copies = at_once(len(cells), device)
+        runs = [self, *(self._again() for _ in range(copies - 1))]
+
+        def some(start: int) -> list[Float[Tensor, "n n_pairs"]]:
+            found = []
+            for cell in cells[start::copies]:
+                found.append(runs[start].run(cell))
+                tick()
+            return found
+
+        parts = side_by_side([partial(some, start) for start in range(copies)], device=device)
+        return {cell: parts[i % copies][i // copies] for i, cell in enumerate(cells)}
+
+    def _again(self) -> Ablation:
+        """The same on a copy of the model: edits of the one are not seen by the other."""
+        other = copy(self)
+        other.model = deepcopy(self.model)
+        return other
 
 
 class _From(nn.Module):

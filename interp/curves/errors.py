@@ -116,6 +116,11 @@ def setting(name: str, task: Task, prompts: int, n_pairs: int | None = None) -> 
     return Setting(name, task, length, ks, task.query_only, prompts, trained)
 
 
+def every(name: str, model: Any, found: Sequence[Setting], seed: int) -> list[Curve | None]:
+    """:func:`errors` in every setting."""
+    return [errors(name, model, setting, seed) for setting in found]
+
+
 def errors(name: str, model: Any, setting: Setting, seed: int) -> Curve | None:
     """The curve of a model; None where its longest input is shorter than the prompts."""
     limit = getattr(getattr(model, "cfg", None), "n_ctx", None)

@@ -53,6 +53,13 @@ class Findings:
         """Keep the largest."""
         self.checks[name] = max(self.checks.get(name, value), value)
 
+    def take(self, other: Findings) -> None:
+        """Put the other's behind these."""
+        self.rows.take(other.rows)
+        self.arrays |= other.arrays
+        for name, value in other.checks.items():
+            self.worst(name, value)
+
 
 def query(output: Tensor) -> Float[Tensor, " batch"]:
     """The prediction: what the model says at the last position."""

@@ -45,6 +45,10 @@ class Rows:
         """A line in the place of numbers."""
         self._row("skipped", model, why, "", "", "", math.nan, math.nan, math.nan, math.nan, 0)
 
+    def take(self, other: Rows) -> None:
+        """Put the other's rows behind these."""
+        self._rows += other._rows
+
     def table(self) -> pd.DataFrame:
         """Every row, skipped parts first."""
         rows = sorted(self._rows, key=lambda row: PARTS.index(row["part"]))

@@ -6,8 +6,7 @@ number of principal components and the same permutations serve every model, so t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +14,6 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
-from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 import hooks
@@ -121,20 +119,6 @@ def plan(task: Task, prompts: int, *, components: int, permutations: int, reset:
         raise BadArgument(f"components={components}: the probes are fitted on {len(chosen.train)} prompts, give fewer")
     swap_k = min(last, max(1, round(last * 0.5))) if len(batch.read) > 1 else last
     return Plan(task, batch, more, tuple(ks), swap_k, chosen, components, permutations, reset, seed)
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Inside the block torch, and the linear algebra of numpy and scipy, work on one thread."""
-    import scipy.linalg  # noqa: F401  # brings a BLAS of its own, which can be limited once it is loaded
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with threadpool_limits(1, user_api="blas"):
-            yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @dataclass(frozen=True)
