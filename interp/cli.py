@@ -32,7 +32,7 @@ from typing import Any, Protocol, TypeVar
 
 import tyro
 
-from interp.heap import keep_freed_memory
+from interp.heap import keep_freed_memory, look_for_cycles_seldom
 
 DONE, FAILED, WRONG = 0, 1, 2
 SHORT_WAIT = ("GOMP_SPINCOUNT", "10000")
@@ -63,6 +63,7 @@ def main(module: ModuleType, argv: Sequence[str] | None = None) -> int:
     try:
         config = parse(module.Config, argv, prog=_prog(module), description=module.__doc__ or "")
         keep_freed_memory()
+        look_for_cycles_seldom()
         os.environ.setdefault(*SHORT_WAIT)
         report: Report = module.run(config)
         if hasattr(module, "plot"):

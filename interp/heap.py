@@ -1,12 +1,15 @@
-"""Keeping freed memory for the next tensor instead of handing it back to the system."""
+"""What a command asks of memory: keep what is freed for the next tensor, and look for cycles seldom."""
 
 from __future__ import annotations
 
 import ctypes
+import gc
 import platform
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 KEEP = 2**31 - 1
+EVERY = 100_000
+"""New containers between two looks for cycles; Python's own is 700."""
 LARGEST = (1 << 30, 32 << 20)  # the second is the most that older versions accept
 
 
@@ -22,3 +25,12 @@ def keep_freed_memory() -> bool:
     mallopt = ctypes.CDLL(None).mallopt
     # Both: setting one alone ends glibc's own adaptation of the other.
     return bool(mallopt(M_TRIM_THRESHOLD, KEEP)) and any(mallopt(M_MMAP_THRESHOLD, size) for size in LARGEST)
+
+
+def look_for_cycles_seldom() -> None:
+    """Collect cycles after every ``EVERY`` new containers, and all generations after a hundred times as many.
+
+    Loading the libraries makes half a million objects that live as long as the process, and each full collection looks
+    at them all: a tenth of a short command. Tensors are freed by counting, so that memory does not grow for want of it.
+    """
+    gc.set_threshold(EVERY, 10, 10)

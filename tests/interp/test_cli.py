@@ -212,6 +212,33 @@ def test_a_reader_that_has_gone_is_no_error() -> None:
     assert (process.returncode, err) == (0, "")
 
 
+PREPARED = """
+import gc, types
+from dataclasses import dataclass
+from interp import cli, heap
+
+@dataclass(frozen=True)
+class Config:
+    seed: int = 0
+
+def run(config):
+    raise ValueError(gc.get_threshold()[0] == heap.EVERY)
+
+module = types.ModuleType("analyses.example")
+module.Config, module.run = Config, run
+before = gc.get_threshold()
+cli.parse(Config, [], prog="example")
+assert gc.get_threshold() == before, "not at import"
+cli.main(module, [])
+"""
+
+
+def test_a_command_looks_for_cycles_seldom() -> None:
+    process = started("-c", PREPARED)
+    _, err = process.communicate(timeout=300)
+    assert "True" in err and "assert" not in err.lower()
+
+
 INTERRUPTED = """
 import sys, time, types
 from dataclasses import dataclass

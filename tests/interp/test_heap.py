@@ -1,4 +1,4 @@
-"""Freed memory stays with the process once it has been asked to."""
+"""Freed memory stays with the process, and cycles are looked for seldom, once that has been asked for."""
 
 from __future__ import annotations
 
@@ -32,3 +32,29 @@ def test_the_next_tensor_does_not_fault_its_pages_in_again() -> None:
         run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
         counts[asked] = int(run.stdout)
     assert counts[True] < counts[False] / 2
+
+
+COLLECTIONS = """
+import gc
+from interp.heap import look_for_cycles_seldom
+if {asked}:
+    look_for_cycles_seldom()
+begun = []
+gc.callbacks.append(lambda phase, info: begun.append(phase == "start"))
+kept = [[i] for i in range(300_000)]
+class Cycle: pass
+for _ in range(300_000):
+    one = Cycle()
+    one.own = one
+print(sum(begun), sum(isinstance(one, Cycle) for one in gc.get_objects()))
+"""
+
+
+def test_cycles_are_looked_for_seldom_but_are_still_freed() -> None:
+    counts = {}
+    for asked in (False, True):
+        code = COLLECTIONS.format(asked=asked)
+        run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+        counts[asked] = [int(word) for word in run.stdout.split()]
+    assert 0 < counts[True][0] < counts[False][0] / 20
+    assert counts[True][1] < 200_000, "the garbage does not pile up"
