@@ -79,7 +79,7 @@ class Config:
     out: Path = Path("out")
     "Where the result's folder goes."
     quick: bool = False
-    "The same with 48 prompts, 24 of them knocked out token by token, and with two trained models where none is named."
+    "The same with 32 prompts, 16 of them knocked out token by token, and with two trained models where none is named."
     json: bool = False
     "Print result.json instead of the table."
 

@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import gc
 import ipaddress
 import os
 import socket
@@ -110,6 +111,14 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
     if not config.getoption("--no-shape-checks"):
         install(PACKAGES)
+    from interp.heap import look_for_cycles_seldom  # not before shapes are checked
+
+    look_for_cycles_seldom()
+
+
+def pytest_collection_finish() -> None:
+    """What is loaded and collected by now lives as long as the process: no look for cycles goes through it again."""
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
