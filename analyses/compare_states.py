@@ -112,8 +112,9 @@ def run(config: Config) -> Result:
         partial(study, name, model, _untrained(model, config), asked) for name, model in zip(names, loaded, strict=True)
     ]
     with progress(len(names) + 1, "compare_states") as tick:
-        studies = side_by_side(jobs, tick, config.device)
-        with threads(1):  # many small pieces
+        # One thread each: many small pieces, at which several wait for each other longer than they work.
+        studies = side_by_side(jobs, tick, config.device, each=1)
+        with threads(1):
             alike = _alike(studies, asked)
         tick()
     given = {key: value for key, value in asdict(config).items() if key not in ("out", "json")}

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from interp.features.rows import All
-    from interp.features.study import Subject
+    from interp.features.study import Found, Subject
     from interp.result import Check, Result
     from models import Root
 
@@ -109,35 +110,37 @@ def _measured(config: Config) -> tuple[str, All, list[str]]:
     from interp.features.rows import All
     from interp.features.study import HELD, STEP, WRITE, study
     from interp.progress import progress
-    from interp.workers import side_by_side
+    from interp.workers import side_by_side, threads
 
     prompts = QUICK if config.quick else whole_number("prompts", config.prompts, 32)
     components = min(24, config.components) if config.quick else whole_number("components", config.components, 1)
     name, model, task = _open(config)
     subjects, notes = _subjects(config, name, model)
+    # One thread each: many small pieces, at which several wait for each other longer than they work.
     with progress(len(subjects) + len(feature_rivals.FAMILIES) + 1, "feature_learning") as tick:
-        asked = feature_study.plan(task, prompts, components, config.seed)
-        means = feature_study.mean_steps(model, asked)
-        jobs = []
+        with threads(1):
+            asked = feature_study.plan(task, prompts, components, config.seed)
+            means = feature_study.mean_steps(model, asked)
+        jobs: list[Callable[[], Found]] = []
         for subject in subjects:
             whole = subject.variant is None
             ks, whats = (asked.ks, (WRITE, HELD, STEP)) if whole else (asked.ks[-1:], (WRITE,))
             # Only ablated is the trained model itself under an edit: side by side, no two may use the same.
             own = deepcopy(subject.model) if subject.how == "ablated" else subject.model
             jobs.append(partial(study, replace(subject, model=own, means=means), asked, ks, whats))
-        ran = side_by_side(jobs, tick, config.device)
+        ran = side_by_side(jobs, tick, config.device, each=1)
         found = [
             replace(one, subject=replace(subject, means=means)) for one, subject in zip(ran, subjects, strict=True)
         ]
         tune = evaluate.prompts(task, max(48, (3 * prompts) // 4), config.seed, "validation")
         families = list(feature_rivals.FAMILIES)
-        tuned = side_by_side(
-            [partial(feature_rivals.kernel_ridge, task, tune, asked.batch, family) for family in families], tick
-        )
+        tunings = [partial(feature_rivals.kernel_ridge, task, tune, asked.batch, family) for family in families]
+        tuned = side_by_side(tunings, tick, each=1)
         rivals = {family: one.error for family, one in zip(families, tuned, strict=True)}
         settings = {family: one.settings for family, one in zip(families, tuned, strict=True)}
-        rivals[feature_rivals.TOLD_ALL] = feature_rivals.posterior(task, asked.batch, config.seed)
-        every = All(asked, found, rivals, settings, feature_study.running_sums(asked))
+        with threads(1):
+            rivals[feature_rivals.TOLD_ALL] = feature_rivals.posterior(task, asked.batch, config.seed)
+            every = All(asked, found, rivals, settings, feature_study.running_sums(asked))
         tick()
     return name, every, notes
 

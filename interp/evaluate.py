@@ -101,7 +101,7 @@ def summary(
 
 @contextmanager
 def _evaluating(model: Model) -> Iterator[None]:
-    """Eval mode inside; afterwards every submodule has its own mode back.
+    """Eval mode inside; afterwards each submodule that was in training mode is in it again.
 
     ``model.train(before)`` would not do: it puts one mode on all of them, and a model with a part
     held in eval mode would come out changed.

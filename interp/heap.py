@@ -9,7 +9,7 @@ import platform
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 KEEP = 2**31 - 1
 EVERY = 100_000
-"""New containers between two looks for cycles; Python's own is 700."""
+"""New containers between two looks for cycles; Python's own is 700 or 2,000."""
 LARGEST = (1 << 30, 32 << 20)  # the second is the most that older versions accept
 
 
@@ -28,7 +28,7 @@ def keep_freed_memory() -> bool:
 
 
 def look_for_cycles_seldom() -> None:
-    """Collect cycles after every ``EVERY`` new containers, and all generations after a hundred times as many.
+    """Collect cycles after every ``EVERY`` new containers, and old ones after a hundred times as many at the earliest.
 
     Loading the libraries makes half a million objects that live as long as the process, and each full collection looks
     at them all: a tenth of a short command. Tensors are freed by counting, so that memory does not grow for want of it.

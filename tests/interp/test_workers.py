@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from threadpoolctl import threadpool_info
 
 from interp.workers import MOST, at_once, side_by_side, threads
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -39,24 +44,95 @@ def test_two_run_at_once() -> None:
     assert sorted(side_by_side([both.wait, both.wait])) == [0, 1]
 
 
-def test_a_thread_has_its_share_of_the_cores_and_the_callers_gradient_mode() -> None:
-    def seen() -> tuple[int, bool]:
-        return torch.get_num_threads(), torch.is_grad_enabled()
+def test_a_thread_has_the_callers_modes_and_its_share_of_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    def seen() -> tuple[bool, bool, bool]:
+        return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")
 
+    told: list[tuple[str, int]] = []
+    tell = torch.set_num_threads
+
+    def told_and_set(count: int) -> None:
+        told.append((threading.current_thread().name, count))
+        tell(count)
+
+    assert side_by_side([seen, seen]) == [(True, False, False)] * 2
     with torch.no_grad():
-        assert side_by_side([seen, seen]) == [(1, False)] * 2
-    assert side_by_side([seen, seen]) == [(1, True)] * 2
-    assert side_by_side([seen]) == [(2, True)], "alone it has them all"
+        assert side_by_side([seen, seen]) == [(False, False, False)] * 2
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        assert side_by_side([seen, seen]) == [(False, True, True)] * 2
+    monkeypatch.setattr(torch, "set_num_threads", told_and_set)
+    side_by_side([seen, seen])
+    assert {("piece-0", 1), ("piece-1", 1)} <= set(told), "a new thread's first product would take every core"
+    assert side_by_side([torch.get_num_threads]) == [2], "alone it has them all"
+    assert side_by_side([torch.get_num_threads] * 2, each=2) == [2, 2]
+    assert side_by_side([torch.get_num_threads], each=1) == [1]
     assert torch.get_num_threads() == 2
 
 
-def test_an_error_is_raised_here_and_the_threads_are_put_back() -> None:
+def test_an_error_stops_the_others_where_they_are_and_is_raised() -> None:
+    steps: list[int] = []
+    third: list[int] = []
+
+    def long() -> None:
+        for step in range(10_000):
+            steps.append(step)
+            time.sleep(0.01)
+
     def fails() -> None:
+        time.sleep(0.1)
         raise KeyError("lost")
 
     with pytest.raises(KeyError, match="lost"):
-        side_by_side([partial(later, 0, 0.05), fails])
-    assert torch.get_num_threads() == 2
+        side_by_side([long, fails, lambda: third.append(1)])
+    after = len(steps)
+    time.sleep(0.1)
+    assert 0 < len(steps) == after < 10_000 and not third
+    assert torch.get_num_threads() == 2 and not [t for t in threading.enumerate() if t.name.startswith("piece")]
+
+
+STOPPED = """
+import signal, sys, threading, time, types
+from dataclasses import dataclass
+from interp import cli
+
+@dataclass(frozen=True)
+class Config:
+    seed: int = 0
+
+def run(config):
+    import torch
+    from interp.workers import side_by_side
+    torch.set_num_threads(2)
+    ready = threading.Barrier(3)
+    def piece():
+        weight = torch.randn(300, 300)
+        ready.wait()
+        while True:
+            weight = torch.tanh(weight @ weight)
+    def fails():
+        ready.wait()
+        raise ValueError("lost")
+    def ask():
+        ready.wait()
+        if {interrupted}:
+            signal.raise_signal(signal.SIGINT)
+    threading.Thread(target=ask, daemon=True).start()
+    side_by_side([piece, piece if {interrupted} else fails])
+
+module = types.ModuleType("analyses.example")
+module.Config, module.run = Config, run
+signal.signal(signal.SIGINT, signal.default_int_handler)
+raise SystemExit(cli.main(module, []))
+"""
+
+
+@pytest.mark.parametrize(("interrupted", "says"), [(True, "Ctrl-C"), (False, "lost")])
+def test_a_command_that_fails_in_one_piece_ends_with_its_line_and_no_abort(interrupted: bool, says: str) -> None:
+    """Threads that went on inside torch while the process ends would bring it down with a signal."""
+    code = STOPPED.format(interrupted=interrupted)
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 1
+    assert ended.stderr.count("\n") == 1 and says in ended.stderr
 
 
 @pytest.mark.parametrize(("jobs", "device", "expected"), [(5, "cpu", 2), (1, "cpu", 1), (0, "cpu", 1), (5, "cuda", 1)])

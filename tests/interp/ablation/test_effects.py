@@ -108,7 +108,6 @@ def test_a_run_that_starts_at_its_layer_equals_the_whole_run(runs: Ablation, lay
     assert (runs.run(cell) - runs.clean).abs().max() > 1e-9
 
 
-@pytest.mark.edit
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_a_sweep_on_copies_finds_what_each_cell_alone_does(runs: Ablation, threads: int) -> None:
     cells = [Cell(mode, "delta", "both", layer) for layer in (None, 1) for mode in ("mean", "resample", "scale×2")]
@@ -124,6 +123,7 @@ def test_a_sweep_on_copies_finds_what_each_cell_alone_does(runs: Ablation, threa
         assert torch.allclose(found[cell], runs.run(cell), rtol=0, atol=1e-12), cell
 
 
+@pytest.mark.edit
 def test_identity_changes_no_bit_and_its_neighbour_does(runs: Ablation) -> None:
     changes = ablation_controls.identity(runs.model)
     assert torch.equal(runs.under(changes), runs.clean)
