@@ -16,6 +16,8 @@ from threadpoolctl import threadpool_info
 
 from interp.workers import MOST, at_once, side_by_side, threads
 
+pytestmark = pytest.mark.contract
+
 ROOT = Path(__file__).resolve().parents[2]
 
 

@@ -9,6 +9,8 @@ import pytest
 from hooks.errors import BadArgument
 from interp import tasks
 
+pytestmark = pytest.mark.contract
+
 WRONG: dict[str, list[tuple[dict[str, Any], str]]] = {
     "linreg": [
         ({"d": 0}, "at least 1"),
