@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import gc
 import platform
@@ -32,5 +33,8 @@ def look_for_cycles_seldom() -> None:
 
     Loading the libraries makes half a million objects that live as long as the process, and each full collection looks
     at them all: a tenth of a short command. Tensors are freed by counting, so that memory does not grow for want of it.
+    The look at the very end, which would only free what ends anyway and takes two seconds, is left out.
     """
     gc.set_threshold(EVERY, 10, 10)
+    atexit.unregister(gc.freeze)
+    atexit.register(gc.freeze)

@@ -35,9 +35,11 @@ def test_the_next_tensor_does_not_fault_its_pages_in_again() -> None:
 
 
 COLLECTIONS = """
-import gc
+import atexit, gc
 from interp.heap import look_for_cycles_seldom
+atexit.register(lambda: print(gc.get_freeze_count()))  # last registered, first run: after what is registered below
 if {asked}:
+    look_for_cycles_seldom()
     look_for_cycles_seldom()
 begun = []
 gc.callbacks.append(lambda phase, info: begun.append(phase == "start"))
@@ -58,3 +60,4 @@ def test_cycles_are_looked_for_seldom_but_are_still_freed() -> None:
         counts[asked] = [int(word) for word in run.stdout.split()]
     assert 0 < counts[True][0] < counts[False][0] / 20
     assert counts[True][1] < 200_000, "the garbage does not pile up"
+    assert counts[False][2] == 0 and counts[True][2] > 300_000, "nothing is looked at once more at the end"
