@@ -37,7 +37,7 @@ def test_the_next_tensor_does_not_fault_its_pages_in_again() -> None:
 COLLECTIONS = """
 import atexit, gc
 from interp.heap import look_for_cycles_seldom
-atexit.register(lambda: print(gc.get_freeze_count()))  # last registered, first run: after what is registered below
+atexit.register(lambda: print(gc.get_freeze_count()))  # run last, being registered first
 if {asked}:
     look_for_cycles_seldom()
     look_for_cycles_seldom()
