@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from einops import einsum
@@ -15,6 +14,7 @@ from interp.arguments import whole_number
 from interp.estimators.base import Estimator, Pairs, blank, exact, only
 from interp.estimators.iterative import positive
 from interp.progress import progress
+from interp.workers import threads
 
 PROMPTS = 64
 """Networks trained side by side: their activations stay in the cache."""
@@ -56,7 +56,8 @@ def mlp(
             delayed(_predict)([w[part] for w in start], x[part, : k + 1], y[part, :k], rate, steps)
             for k, part in pieces
         )
-        with _one_thread_each(), progress(len(pieces), "mlp") as done:
+        # Matrices this small are slower on two cores than on one.
+        with threads(1), progress(len(pieces), "mlp") as done:
             predicted = Parallel(n_jobs=workers or -1, prefer="threads", return_as="generator")(work)
             for (k, part), values in zip(pieces, predicted, strict=True):
                 found[part, k] = values
@@ -64,17 +65,6 @@ def mlp(
         return found.to(pairs.y)
 
     return predict
-
-
-@contextmanager
-def _one_thread_each() -> Iterator[None]:
-    """Threads that start inside compute alone: matrices this small are slower on two cores than on one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _draw(n: int, d: int, hidden: int, seed: int) -> list[Tensor]:
