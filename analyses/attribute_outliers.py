@@ -40,10 +40,10 @@ if TYPE_CHECKING:
     from interp.tasks import Batch, Task
     from models import Root
 
-QUICK = 32
+QUICK = 48
 KNOCKED = 64
 """The most prompts whose writes are knocked out one by one: a run of the model for each token."""
-QUICK_KNOCKED = 16
+QUICK_KNOCKED = 24
 ALPHAS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 PLAIN, ONLINE = "theory, gate-free (hand-set)", "theory, online gradient (hand-set)"
 STEMS = ("mamba", "mamba-1layer", "linear-transformer", "transformer", "s4", "s4d")
@@ -79,7 +79,7 @@ class Config:
     out: Path = Path("out")
     "Where the result's folder goes."
     quick: bool = False
-    "The same with 32 prompts, 16 of them knocked out token by token, and with two trained models where none is named."
+    "The same with 48 prompts, 24 of them knocked out token by token, and with two trained models where none is named."
     json: bool = False
     "Print result.json instead of the table."
 
