@@ -31,12 +31,13 @@ from hooks.errors import BadArgument, TooLarge
 from hooks.memory import free_memory
 from interp.contributions import Contributions, contributions
 from interp.inside import INSIDE, inside_of, taps_of
-from interp.recurrence import Recurrence, adjoints, edited, mixer_of, observe, picked, real, tree
+from interp.pairs import all_pairs
+from interp.recurrence import Recurrence, adjoints, edited, mixer_of, observe, picked, real
 
 __all__ = ["INSIDE", "Attention", "Contributions", "contributions", "matrix"]
 
 TILE_NUMBERS = 1 << 20
-"""Numbers in the result of one tile of channels: it then stays in the processor's cache."""
+"""Numbers of whole matrices at a time, where only some rows of them are asked for."""
 ROW_COST = 8
 """How many rows of the whole matrix cost about as much as one row by the adjoint recurrence."""
 Shares = Float[Tensor, "batch channel query"]
@@ -173,10 +174,9 @@ def _values(seen: Recurrence, columns: Tensor, queries: Tensor) -> tuple[Tensor,
     values, start, put = (seen.x.new_zeros(shape) for shape in ((*made, length), made, made))
     C = seen.rows(torch.ones_like(seen.x))
     few = seen.factored or ROW_COST * len(queries) < length
-    size = 1 << (length - 1).bit_length()
-    direct = size == length and torch.equal(queries, torch.arange(length, device=queries.device))
+    direct = torch.equal(queries, torch.arange(length, device=queries.device))
     started = bool(seen.init.any())
-    tile = len(columns) if few else max(1, TILE_NUMBERS // (batch * size * size))
+    tile = len(columns) if few or direct else max(1, TILE_NUMBERS // (batch * length * length))
     for first in range(0, len(columns), tile):
         here = slice(first, first + tile)
         at: Any = here if every else columns[here]
@@ -188,25 +188,15 @@ def _values(seen: Recurrence, columns: Tensor, queries: Tensor) -> tuple[Tensor,
             found = [_row(decay, gain, init, added, row, int(query)) for query in queries]
             values[:, here], start[:, here], put[:, here] = (torch.stack(part, 2) for part in zip(*found, strict=True))
             continue
-        whole = values[:, here] if direct else values.new_zeros(batch, init.shape[1], size, size)
-        by_channel = [_by_channel(part, size) for part in (decay, gain, row)]
-        reach = tree(by_channel[0], by_channel[1], by_channel[2], whole)[:, :, :length]
+        whole = values if direct else values.new_zeros(batch, init.shape[1], length, length)
+        all_pairs(decay, gain, row, whole)
         if not direct:
-            values[:, here] = whole[:, :, queries, :length]
+            values[:, here] = whole[:, :, queries]
         if started:
-            start[:, here] = real((reach * init[:, :, None]).sum(-1))[..., queries]
+            start[:, here] = _read_states(decay, None, row, init)[..., queries]
         if added is not None:
-            put[:, here] = _read_states(decay, added, row)[..., queries]
+            put[:, here] = _read_states(decay, added, row, torch.zeros_like(init))[..., queries]
     return values, start, put
-
-
-def _by_channel(values: Tensor, size: int) -> Inexact[Tensor, "batch channel size n"]:
-    """A copy of (batch, pos, channel, n), with zeros after the last position."""
-    if values.shape[1] == size:
-        return values.transpose(1, 2).clone(memory_format=torch.contiguous_format)
-    made = values.new_zeros(values.shape[0], values.shape[2], size, values.shape[3])
-    made[:, :, : values.shape[1]] = values.transpose(1, 2)
-    return made
 
 
 def _row(
@@ -231,10 +221,12 @@ def _row(
     return values, real((first * init).sum(-1)), put
 
 
-def _read_states(decay: Tensor, write: Tensor, row: Tensor) -> Float[Tensor, "batch channel pos"]:
-    """What is read out of the states that ``write`` alone makes."""
-    h, found = torch.zeros_like(write[:, 0]), []
-    for t in range(write.shape[1]):
-        h = decay[:, t] * h + write[:, t]
+def _read_states(
+    decay: Tensor, write: Tensor | None, row: Tensor, h: Inexact[Tensor, "batch channel n"]
+) -> Float[Tensor, "batch channel pos"]:
+    """What is read out of the states that ``h`` before the first position and ``write`` make."""
+    found = []
+    for t in range(decay.shape[1]):
+        h = decay[:, t] * h if write is None else decay[:, t] * h + write[:, t]
         found.append(real((row[:, t] * h).sum(-1)))
     return torch.stack(found, dim=-1)

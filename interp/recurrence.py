@@ -7,10 +7,11 @@ an offset (``hooks.do_state``, ``zero``, ``scale``, ``add``, ``set_to``, ``freez
 its factor into decay and write, its offset into ``edited``, which is what edits and no token have put into the state.
 
 ``Recurrence.pull_back`` is the adjoint recurrence λ_t = C_t g_t + decay_{t+1} λ_{t+1}: with it Σ_t g_t y_t is
-Σ_s λ_s write_s + λ_0 decay_0 h_0, in O(pos · d_inner · d_state). ``tree`` multiplies the same out for all pairs of
-positions. Both only multiply decays: no logarithm and no division, so a decay of exactly 0 is nothing special, and
-complex decays (pairs of reals in the sites of S4D) are as good as real ones. Where ``hook_transition`` takes the place
-of ``hook_decay`` (S4), decay_t h is a ⊙ h + u ⟨q, h⟩, and its adjoint a ⊙ λ + q̄ Re(Σ u λ); that has no tree.
+Σ_s λ_s write_s + λ_0 decay_0 h_0, in O(pos · d_inner · d_state); ``pairs.all_pairs`` multiplies the same out for all
+pairs of positions. Both only multiply decays: no logarithm and no division, so a decay of exactly 0 is nothing
+special, and complex decays (pairs of reals in the sites of S4D) are as good as real ones. Where ``hook_transition``
+takes the place of ``hook_decay`` (S4), decay_t h is a ⊙ h + u ⟨q, h⟩, and its adjoint a ⊙ λ + q̄ Re(Σ u λ); that is
+not among all pairs.
 
 What a mixer must have: ``hook_x``, ``hook_decay`` or ``hook_transition``, ``hook_write``, ``hook_y`` and, for the
 states (batch, pos, d_inner, n) as ``hook_state`` shows them, a method ``read(states, C)`` that gives y, linear in the
@@ -87,7 +88,8 @@ class Recurrence:
         Real parts p and imaginary parts q of a complex state are read as Re((p − iq) h).
         """
         with torch.enable_grad():
-            states = torch.zeros_like(self.write[:, pos]).requires_grad_()
+            # One zero, seen everywhere: y is linear in the states, so none of them needs a place of its own.
+            states = self.write.new_zeros(()).expand_as(self.write[:, pos]).requires_grad_()
             y = self.read(states, *(() if self.C is None else (self.C[:, pos],)))
         (found,) = torch.autograd.grad(y, states, weights[:, pos].to(y.dtype))
         found = self.numbers(found)
@@ -144,48 +146,9 @@ def _through_factors(adjoint: Inexact[Tensor, "*shape n"], factors: Inexact[Tens
     return adjoint * diagonal + row.conj() * real((adjoint * column).sum(-1, keepdim=True))
 
 
-def tree(
-    decay: Inexact[Tensor, "batch d_inner pos n"],
-    gain: Inexact[Tensor, "batch d_inner pos n"],
-    row: Inexact[Tensor, "batch d_inner pos n"],
-    out: Float[Tensor, "batch d_inner pos pos"],
-) -> Inexact[Tensor, "batch d_inner pos n"]:
-    """Σ_n row_t ∏_{s<k≤t} decay_k gain_s for all t (third axis of ``out``) and s ≤ t (last axis); returns
-    row_t ∏_{k≤t} decay_k. ``out`` is zeros, ``gain`` and ``row`` are written over; pos is a power of 2.
-
-    Blocks of 1, 2, 4 … positions: ``row`` is multiplied down to its block's first position, ``gain`` up to its block's
-    last, so the pairs across two neighbouring blocks are one matrix product for each channel. O(pos²) products of
-    numbers in all, and no tensor of more than batch · d_inner · pos · n beside the result.
-    """
-    batch, width, length, n = decay.shape
-    out.diagonal(dim1=-2, dim2=-1).copy_(real((row * gain).sum(-1)))
-    row *= decay
-    half = 1
-    while half < length:
-        blocks = length // (2 * half)
-        rows, gains = (t.view(batch, width, blocks, 2, half, n) for t in (row, gain))
-        ends = decay.view(batch, width, blocks, 2, 1, n)
-        across = _real_product(rows[:, :, :, 1], gains[:, :, :, 0])
-        corner = out.view(batch, width, blocks, 2, half, blocks, 2, half)[:, :, :, 1, :, :, 0]
-        corner.diagonal(dim1=2, dim2=4).copy_(across.permute(0, 1, 3, 4, 2))
-        rows[:, :, :, 1].mul_(ends[:, :, :, 0])
-        half *= 2
-        if half < length:
-            gains[:, :, :, 0].mul_(ends[:, :, :, 1])
-            decay = ends[:, :, :, 0] * ends[:, :, :, 1]
-    return row
-
-
 def real(values: Inexact[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """The real part."""
     return values.real if values.is_complex() else values
-
-
-def _real_product(rows: Tensor, gains: Tensor) -> Tensor:
-    """Re(rows · gainsᵀ)."""
-    if not rows.is_complex():
-        return rows @ gains.mT
-    return rows.real @ gains.real.mT - rows.imag @ gains.imag.mT
 
 
 @contextmanager

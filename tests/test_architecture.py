@@ -43,7 +43,7 @@ DOORS = {
     "seaborn": ("interp/plot/*",),
     "matplotlib": ("interp/plot/*",),
     "tyro": ("interp/cli.py",),
-    "numba": ("models/scan/*",),
+    "numba": ("models/scan/*", "hooks/native.py", "interp/pairs_compiled.py"),
     "ray": ("interp/sweep/cluster.py",),
     "triton": ("models/scan/*",),
     "mamba_ssm": ("models/scan/*",),

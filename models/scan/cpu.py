@@ -1,10 +1,4 @@
-"""The compiled CPU path: autograd around `kernels.py`, and the threads that run it.
-
-**Threads.** The kernels hold no GIL, so ranges of units go to a small pool of Python threads, as many as
-``torch.get_num_threads()``. numba's own parallel loops would bring a threading layer along: "workqueue" aborts
-the process when two threads call it at once, "omp" makes torch hang in a forked child. The pool serves the main
-thread of the process that imported this module; other threads and forked children run the same kernels by
-themselves. The bits are the same either way.
+"""The compiled CPU path: autograd around `kernels.py`.
 
 **Second derivatives.** Under ``create_graph=True`` the backward differentiates the definition: compiled code has
 no derivative of its own, and a gradient that came out of it would count as a constant.
@@ -12,22 +6,17 @@ no derivative of its own, and a gradient that came out of it would count as a co
 
 from __future__ import annotations
 
-import os
-import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from hooks.threads import run
 from models.scan import pages, reference
 
-_IMPORTING_PROCESS = os.getpid()
 _UNITS = 64  # into how many a short batch is cut: enough for many threads, and partial sums stay small
-_WORTH_A_THREAD = 2**16  # state updates, about 50 µs
 
 
 def selective_scan(
@@ -181,7 +170,7 @@ class _Selective:
 
     def run(self, kernel: Callable[..., None], *args: Any) -> None:
         work = self.batch * self.length * self.d_inner * self.d_state
-        _run(kernel, self.batch * self.groups, self.groups, work, args)
+        run(kernel, self.batch * self.groups, self.groups, work, args)
 
 
 class _Scan(torch.autograd.Function):
@@ -241,32 +230,4 @@ def _lanes(tensor: Tensor | None, leading: int, like: Tensor | None = None) -> n
 def _run_scan(kernel: Callable[..., None], width: int, arrays: tuple[np.ndarray, ...]) -> None:
     batch, length, lanes = arrays[0].shape
     groups = -(-lanes // width)
-    _run(kernel, batch * groups, groups, batch * length * lanes, arrays)
-
-
-def _run(kernel: Callable[..., None], units: int, groups: int, work: int, args: tuple[Any, ...]) -> None:
-    """Call ``kernel`` on all units, by as many threads as that is worth.
-
-    Each takes the next piece when it has done one, since torch's own idle threads may still spin on a core.
-    """
-    alone = threading.current_thread() is not threading.main_thread() or os.getpid() != _IMPORTING_PROCESS
-    threads = 1 if alone else min(torch.get_num_threads(), units, 1 + work // _WORTH_A_THREAD)
-    pieces = 1 if threads == 1 else min(units, 4 * threads)
-    queue = iter([(units * k // pieces, units * (k + 1) // pieces) for k in range(pieces)])
-
-    def take() -> None:
-        for first, last in queue:
-            try:
-                kernel(first, last, groups, *args)
-            except OSError:  # a full disk: numba could not save what it compiled, but it has it, and nothing ran yet
-                kernel(first, last, groups, *args)
-
-    others = [_pool(threads - 1).submit(take) for _ in range(threads - 1)]
-    take()
-    for other in others:
-        other.result()
-
-
-@cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="scan")
+    run(kernel, batch * groups, groups, batch * length * lanes, arrays)

@@ -23,7 +23,8 @@ from __future__ import annotations
 import numpy as np
 from numba import carray
 
-from models.scan.exponential import compiled, exp, inlined, stack
+from hooks.native import compiled, inlined, stack
+from models.scan.exponential import exp
 from models.scan.streaming import fence, stream
 
 LANES = 32

@@ -27,8 +27,9 @@ from torch.testing import assert_close
 import hooks
 import models
 from interp.attention import contributions, matrix
+from interp.pairs import all_pairs
 from interp.provenance import versions
-from interp.recurrence import observe, tree
+from interp.recurrence import observe
 from models.pretrained import _torch_functions
 from tests.benchmarks.test_layer import Layer, Size
 from tests.benchmarks.timing import HEADING, LEGEND, Row, Run, alone, medians, page_faults, save
@@ -86,17 +87,15 @@ def matrix_rows(layer: Layer, tokens: Tensor, repetitions: int) -> list[Row]:
 
     seen = observe(layer.ours, tokens, 0, gain=True)
     assert seen.gain is not None
-    rows = seen.rows(torch.ones_like(seen.x))
-    decay, gain, row = (part.transpose(1, 2).contiguous() for part in (seen.decay, seen.gain, rows))
-    out = torch.zeros(*decay.shape[:2], LENGTH, LENGTH)
+    decay, gain, row = seen.decay, seen.gain, seen.rows(torch.ones_like(seen.x))
+    out = torch.zeros(1, decay.shape[2], LENGTH, LENGTH)
     cache = cached()
     expected = theirs(cache)
     assert_close(ours(), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
     del expected
     runs: dict[str, Run] = {"without": lambda: theirs(cache), "with": lambda: theirs(cached()), "ours": ours}
     timed = medians(runs, repetitions)
-    # tree writes over what it is given.
-    pairs: Run = lambda: tree(decay, gain.clone(), row.clone(), out)  # noqa: E731
+    pairs: Run = lambda: all_pairs(decay, gain, row, out)  # noqa: E731
     parts = medians({"products": products(layer.ours, tokens), "pairs": pairs}, repetitions)
     faults = {name: page_faults(run) for name, run in runs.items()}
     return [

@@ -15,8 +15,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from hooks import threads as threading_of_kernels
 from hooks.errors import BadArgument
-from models.scan import cpu, cuda, reference, scan, selective_scan, selective_states
+from models.scan import cuda, reference, scan, selective_scan, selective_states
 from tests.models.test_scan import NAMES, compare, gradients, operands
 from tests.tolerances import assert_matches
 
@@ -140,15 +141,15 @@ def test_pool_serves_the_main_thread_of_the_importing_process_only(
 ) -> None:
     given = operands(4, 40, 40, 16, dtype=torch.float32)
     asked: list[int] = []
-    pool = cpu._pool
-    monkeypatch.setattr(cpu, "_pool", lambda number: asked.append(number) or pool(number))
+    pool = threading_of_kernels._pool
+    monkeypatch.setattr(threading_of_kernels, "_pool", lambda number: asked.append(number) or pool(number))
     threads(2)
     selective_scan(*given.values())
     assert asked == [1]
     other = threading.Thread(target=lambda: selective_scan(*given.values()))
     other.start()
     other.join()
-    monkeypatch.setattr(cpu, "_IMPORTING_PROCESS", -1)
+    monkeypatch.setattr(threading_of_kernels, "_IMPORTING_PROCESS", -1)
     selective_scan(*given.values())
     assert asked == [1]
 
@@ -170,7 +171,7 @@ def test_numba_is_imported_by_the_first_scan_and_not_before() -> None:
 def test_without_a_folder_for_machine_code_it_is_compiled_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
     from numba.core import caching
 
-    from models.scan.exponential import compiled
+    from hooks.native import compiled
 
     assert compiled(twice)._cache.cache_path is not None
     monkeypatch.setattr(caching.CompileResultCacheImpl, "_locator_classes", [])
@@ -190,7 +191,7 @@ def test_a_disk_that_fills_up_while_compiling_does_not_stop_the_run() -> None:
         if len(calls) == 1:
             raise OSError(28, "No space left on device")
 
-    cpu._run(kernel, units=3, groups=1, work=1, args=())
+    threading_of_kernels.run(kernel, units=3, groups=1, work=1, args=())
     assert calls == [(0, 3), (0, 3)]
 
 
