@@ -43,9 +43,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hooks.errors import BadArgument
-from hooks.point import emit, site, state_edits, watched
+from hooks.point import emit, only_read, site, state_edits, watched
 from models.recurrence import recurrence
-from models.scan import convolution, kernel
+from models.scan import constant_pair_states, convolution, kernel, pair_scan
 from models.stack import LayerState, Stack
 
 Inner = Float[Tensor, "batch pos d_inner"]
@@ -124,10 +124,9 @@ class S4DMixer(nn.Module):
 
     def read(self, states: Float[Tensor, "batch pos d_inner re_im"]) -> Inner:
         """y = 2 Re(C h) of ``hook_state``'s tensor: linear in the states, C being a weight."""
-        # 2 (Re C Re h − Im C Im h); in at least fp32 under autocast too.
-        C = 2 * pair(self._C(states.dtype).conj())
+        # In at least fp32 under autocast too.
         with torch.autocast(states.device.type, enabled=False):
-            return einsum(states, C, "batch pos d_inner n, d_inner n -> batch pos d_inner")
+            return einsum(states, self._read_out(states.dtype), "batch pos d_inner n, d_inner n -> batch pos d_inner")
 
     def _scan(self, x: Inner, given: Tensor | None, return_state: bool) -> tuple[Inner, Pair | None]:
         """2 Re(C h) (batch, pos, d_inner) and, where it is asked for, the last state."""
@@ -144,6 +143,11 @@ class S4DMixer(nn.Module):
         decay = _decay(constant(delta_decay) if looked_at else step, A)
         write = _zero_order_hold(constant(delta_write) if looked_at else step, A)
         varying = decay.ndim == 4 or write.ndim == 4
+        edits = state_edits(self.hook_state) or watched(self.hook_decay, self.hook_write)
+        if not varying and not edits and watched(self.hook_state) and only_read(self.hook_state):
+            if not torch.is_grad_enabled():
+                y, states = constant_pair_states(x, decay, write, self._read_out(x.dtype), h0)
+                return y, emit(self.hook_state, states)[:, -1].clone()
         if varying or watched(self.hook_decay, self.hook_write, self.hook_state):
             return self._recur(x, decay, write, h0)
         return self._convolve(x, unpair(decay), unpair(write), h0, return_state)
@@ -181,6 +185,10 @@ class S4DMixer(nn.Module):
             y = y + left.real
             h_last = None if h_last is None else h_last + powers[..., length] * start
         return y, None if h_last is None else pair(h_last)
+
+    def _read_out(self, dtype: torch.dtype) -> Float[Tensor, "d_inner re_im"]:
+        """What the states of a channel are multiplied by: 2 (Re C Re h − Im C Im h) = 2 Re(C h)."""
+        return 2 * pair(self._C(dtype).conj())
 
     def _C(self, dtype: torch.dtype) -> Weights:
         return torch.view_as_complex(self.C.to(dtype))
@@ -267,82 +275,3 @@ def unpair(values: Float[Tensor, "*shape re_im"]) -> Complex[Tensor, "*shape n"]
     """The inverse of :func:`pair`."""
     real, imag = rearrange(values, "... (part n) -> part ... n", part=2)
     return torch.complex(real, imag)
-
-
-def pair_scan(
-    decay: Float[Tensor, "batch pos d_inner re_im"],
-    write: Float[Tensor, "batch pos d_inner re_im"],
-    h0: Pair | None = None,
-) -> Float[Tensor, "batch pos d_inner re_im"]:
-    """All states of h_t = ā_t h_{t−1} + w_t, complex numbers as pairs; differentiable, also twice.
-
-    Where a decay is 0 nothing of the past arrives, not even the NaN of 0 · inf.
-    """
-    return _PairScan.apply(decay, write, torch.zeros_like(write[:, 0]) if h0 is None else h0)
-
-
-class _PairScan(torch.autograd.Function):
-    """The complex recurrence over axis 1 with its own adjoint.
-
-    The compiled scan multiplies real numbers. Turning the phases away first would let it do this
-    one too, but the angle of a decay has no gradient where an edit set the decay to 0. The
-    adjoint is the same recurrence run from the end with ā conjugated, λ_t = g_t + conj(ā_{t+1})
-    λ_{t+1}; autograd through a loop would write full-size gradients at every step.
-    """
-
-    @staticmethod
-    def forward(decay: Tensor, write: Tensor, start: Tensor) -> Tensor:
-        states = torch.empty_like(write, memory_format=torch.contiguous_format)
-        _advance(decay, write, start, states)
-        # A NaN stays in every later state, so the last one tells whether an overflow met a zero
-        # on the way.
-        if bool(torch.isnan(states[:, -1]).any()):
-            _advance_guarded(decay, write, start, states)
-        return states
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[0], inputs[2], output)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        decay, start, states = ctx.saved_tensors
-        later = torch.cat([decay[:, 1:], torch.zeros_like(decay[:, :1])], dim=1)
-        nothing = torch.zeros_like(start)
-        adjoint = _PairScan.apply(_conjugate(later).flip(1), grad.flip(1), nothing).flip(1)
-        before = torch.cat([start[:, None], states[:, :-1]], dim=1)
-        return (
-            times(adjoint, _conjugate(before)),
-            adjoint,
-            times(adjoint[:, 0], _conjugate(decay[:, 0])),
-        )
-
-
-def _advance(decay: Tensor, write: Tensor, start: Tensor, states: Tensor) -> None:
-    """Fill ``states``; real arithmetic on views, so that nothing is copied or allocated."""
-    (a, b), (u, v), (real, imag) = (tensor.chunk(2, dim=-1) for tensor in (decay, write, states))
-    p, q = start.chunk(2, dim=-1)
-    for t in range(decay.shape[1]):
-        torch.addcmul(u[:, t], a[:, t], p, out=real[:, t]).addcmul_(b[:, t], q, value=-1)
-        torch.addcmul(v[:, t], a[:, t], q, out=imag[:, t]).addcmul_(b[:, t], p)
-        p, q = real[:, t], imag[:, t]
-
-
-def _advance_guarded(decay: Tensor, write: Tensor, start: Tensor, states: Tensor) -> None:
-    past = start
-    for t in range(decay.shape[1]):
-        past = times(decay[:, t], past) + write[:, t]
-        states[:, t] = past
-
-
-def _conjugate(z: Tensor) -> Tensor:
-    real, imag = z.chunk(2, dim=-1)
-    return torch.cat([real, -imag], dim=-1)
-
-
-def times(z: Tensor, w: Tensor) -> Tensor:
-    """The complex product of two pairs; 0 where z is 0, whatever w is, or w is 0 and z no NaN."""
-    (a, b), (p, q) = z.chunk(2, dim=-1), w.chunk(2, dim=-1)
-    zero = ((a == 0) & (b == 0)) | ((p == 0) & (q == 0) & ~(a.isnan() | b.isnan()))
-    real, imag = a * p - b * q, a * q + b * p
-    return torch.cat([torch.where(zero, 0, real), torch.where(zero, 0, imag)], dim=-1)

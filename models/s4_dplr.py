@@ -36,8 +36,9 @@ from torch import Tensor, nn
 
 from hooks.point import emit, site, state_edits, watched
 from models.recurrence import recurrence
-from models.s4 import Inner, Pair, S4DConfig, Weights, around, constant, initial_state, pair, times, unpair
+from models.s4 import Inner, Pair, S4DConfig, Weights, around, constant, initial_state, pair, unpair
 from models.scan import convolution, dplr
+from models.scan.pair import times
 from models.stack import LayerState, Stack
 
 Factors = Float[Tensor, "batch pos d_inner factor re_im"]

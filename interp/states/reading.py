@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 import hooks
+from hooks import Record
 from hooks.errors import BadArgument
 from interp import seeds
 from interp.arguments import whole_number
@@ -116,7 +117,7 @@ def reach(
     found = []
     for start, part in _chunks(model, tokens):
         leaf = _to(model, part).detach().requires_grad_()
-        record = hooks.record(model, leaf, "*.hook_state", grad=True)
+        record = _graph(model, leaf)
         layers = []
         for i, state in enumerate(record.values()):
             h, total = state[:, position], torch.zeros(leaf.shape[:2])
@@ -139,7 +140,7 @@ def reach_gap(
     """
     leaf = _to(model, tokens).detach().requires_grad_()
     u = torch.randn(tokens.shape, generator=seeds.generator("reach", seed, 0)).to(leaf)
-    record = hooks.record(model, leaf, "*.hook_state", grad=True)
+    record = _graph(model, leaf)
     vs = [
         torch.randn(h[:, position].shape, generator=seeds.generator("reach", seed, 1, i)).to(h)
         for i, h in enumerate(record.values())
@@ -155,6 +156,18 @@ def reach_gap(
     differences = [((up - down) * v.double()).sum() / (2 * step) for up, down, v in zip(*ends, vs, strict=True)]
     slope, difference = torch.stack(slopes), torch.stack(differences)
     return float((difference - slope).norm() / slope.norm().clamp(min=1e-300))
+
+
+def _graph(model: Any, leaf: Tensor) -> Record:
+    """Every layer's states with their graph down to the tokens, and none to the weights: half of the backward pass."""
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    try:
+        for weight in trained:
+            weight.requires_grad_(False)
+        return hooks.record(model, leaf, "*.hook_state", grad=True)
+    finally:
+        for weight in trained:
+            weight.requires_grad_(True)
 
 
 def _chunks(model: Any, tokens: Tensor) -> Iterator[tuple[int, Tensor]]:

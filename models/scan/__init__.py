@@ -18,10 +18,19 @@ from jaxtyping import Float, Inexact
 from torch import Tensor
 
 from hooks.errors import BadArgument
-from models.scan import cpu, cuda, reference
+from models.scan import cpu, cuda, pair, reference
 from models.scan.convolution import convolution, kernel
 
-__all__ = ["convolution", "kernel", "scan", "selective_scan", "selective_scan_states", "selective_states"]
+__all__ = [
+    "constant_pair_states",
+    "convolution",
+    "kernel",
+    "pair_scan",
+    "scan",
+    "selective_scan",
+    "selective_scan_states",
+    "selective_states",
+]
 
 _SINGLE = (torch.float32, torch.bfloat16, torch.float16)
 _DOUBLE = (torch.float64,)
@@ -107,6 +116,41 @@ def scan(
     write, decay, h0 = operands
     run = cpu if write.device.type == "cpu" and not write.is_complex() else reference
     return run.scan(decay, write, h0)
+
+
+def pair_scan(
+    decay: Float[Tensor, "batch pos d_inner re_im"],
+    write: Float[Tensor, "batch pos d_inner re_im"],
+    h0: Float[Tensor, "batch d_inner re_im"] | None = None,
+) -> Float[Tensor, "batch pos d_inner re_im"]:
+    """All states of h_t = ā_t h_{t−1} + w_t, complex numbers as pairs: d_state real parts, then the imaginary parts.
+
+    Differentiable, also twice. Where a decay is 0 nothing of the past arrives, not even the NaN of 0 · inf. Raises
+    BadArgument as ``selective_scan`` does.
+    """
+    axes = {"write": "batch pos d_inner re_im", "decay": "batch pos d_inner re_im", "h0": "batch d_inner re_im"}
+    write, decay, h0 = _checked({"write": write, "decay": decay, "h0": h0}, axes, _SINGLE, _DOUBLE)
+    return pair.scan(decay, write, h0)
+
+
+def constant_pair_states(
+    x: Float[Tensor, "batch pos d_inner"],
+    decay: Float[Tensor, "d_inner re_im"],
+    gain: Float[Tensor, "d_inner re_im"],
+    read: Float[Tensor, "d_inner re_im"],
+    h0: Float[Tensor, "batch d_inner re_im"] | None = None,
+) -> tuple[Float[Tensor, "batch pos d_inner"], Float[Tensor, "batch pos d_inner re_im"]]:
+    """y_t = Σ_n read[n] h_t[n] and all states of h_t = ā h_{t−1} + gain x_t in one pass, for who wants no gradient.
+
+    ``pair_scan`` where decay and gain are the same for every token; no write is formed. Raises BadArgument as
+    ``selective_scan`` does.
+    """
+    weights = dict.fromkeys(("decay", "gain", "read"), "d_inner re_im")
+    axes = {"x": "batch pos d_inner", **weights, "h0": "batch d_inner re_im"}
+    operands = _checked(dict(zip(axes, (x, decay, gain, read, h0), strict=True)), axes, _SINGLE, _DOUBLE)
+    with torch.no_grad():
+        y, states = pair.constant_states(*operands)
+    return y.to(x.dtype), states
 
 
 _SCAN = {

@@ -16,7 +16,8 @@ import hooks
 import models
 from hooks.errors import BadArgument
 from hooks.sites import sites
-from models.s4 import S4DMixer, pair, pair_scan, unpair
+from models.s4 import S4DMixer, pair, unpair
+from models.scan import pair_scan
 from models.scan.convolution import DIRECT
 
 MIXER = "blocks.0.mixer."
