@@ -14,7 +14,7 @@ Controls   the identity edit; the same modes on the output gate, on B and on C; 
            another task's labels; least squares on the same prompts
 Not shown  what training without selection would lose (the twin's and S4D's rows are one training
            each); other trainings of this model: the intervals are over prompts
-Cost       50 seconds with 256 prompts and 2 idle cores
+Cost       45 seconds with 256 prompts and 2 idle cores
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ Controls   as many random clean examples edited in the same way; the outliers' o
            query's pattern, the oracle that knows the outliers, and chance
 Not shown  other trainings of these models: intervals are over prompts. First-order parts hold the rest of the network
            at its slope, and leave out what reaches the query by the residual stream and D x; the gap is in the table
-Cost       35 seconds with 256 prompts and 2 idle cores; outlier_linreg a minute
+Cost       30 seconds with 256 prompts and 2 idle cores; outlier_linreg 50
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ Controls   shuffled targets; the same architecture untrained; what adding up y x
 Not shown  another training of the same model; what is in the state but not linearly, or in directions of little
            variance (the table has the best layer by number of components); whether a model uses what can be read:
            only the swaps say
-Cost       75 seconds with 256 prompts, three models of 8 layers and 2 idle cores
+Cost       65 seconds with 256 prompts, three models of 8 layers and 2 idle cores
 """
 
 from __future__ import annotations

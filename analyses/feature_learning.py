@@ -14,7 +14,7 @@ Controls   untrained weights in (2) and (3); shuffled β; running sums of y x, a
 Not shown  whether the model uses the β that can be read; what one token's write takes from the context (deeper layers
            are averaged over it); other bends than Δ's, such as SiLU on x, the norm, and B x, one by one; other
            trainings: intervals are over prompts. Ablated says what these weights need, not what can be learned
-Cost       35 seconds with 256 prompts, 4 layers and 2 idle cores
+Cost       30 seconds with 256 prompts, 4 layers and 2 idle cores
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ Controls   clean error against the card; least squares and averaging against the
            rivals see the pairs before each query and nothing else, but for the oracles, which are marked "told"
 Not shown  other trainings of the same models: the intervals are over prompts; k between those measured where a query
            is special; rivals with options other than the ones named
-Cost       35 seconds for the six bundled models of linreg, 512 prompts, six panels and 2 idle cores
+Cost       30 seconds for the six bundled models of linreg, 512 prompts, six panels and 2 idle cores
 """
 
 from __future__ import annotations
