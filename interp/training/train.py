@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from jaxtyping import Float
@@ -33,6 +34,7 @@ from interp.arguments import usable_device
 from interp.curves import rivals
 from interp.files import no_half, strict_json, writable_folder, write_whole
 from interp.provenance import versions
+from interp.stats import paired_difference
 from interp.tasks.base import Task, model_shape
 from interp.training import recipe, resume
 from interp.training.fit import Fitted, Run, fit, measuring, orderly_stop, validation
@@ -70,6 +72,13 @@ class Trained:
             f"{self.card['parameters']} parameters, {self.card['steps']} steps, "
             f"{self.card['seconds']:.0f} s, learning rate {self.card['learning_rate']:g}"
         )
+        blind = [f"{cell['lr']:g}" for cell in self.card["learning_rates"] if cell.get("behind", (1.0,))[0] <= 0]
+        if blind:
+            lines.append(
+                f"note: the search could not tell {' and '.join(blind)} from {self.card['learning_rate']:g}: after "
+                f"{self.card['recipe']['search_steps']} steps their losses differ by no more than chance between "
+                "validation prompts; a longer --search-steps may tell"
+            )
         lines.append(f"{'was finished already' if self.already else 'written'}: {self.folder}")
         return "\n".join(lines)
 
@@ -218,7 +227,8 @@ def _card(path: Path) -> dict[str, Any]:
 
 
 def _search(run: Run) -> list[dict[str, Any]]:
-    """Each candidate rate with its validation error (the loss ÷ task.scale): null where the loss blew up.
+    """Each candidate rate with its validation error (the loss ÷ task.scale), and the same of each validation prompt
+    (``losses``): null where the loss blew up.
 
     The candidates see the same prompts from the same initial weights, each with its own full cosine
     over ``search_steps``: comparing prefixes of long schedules instead would favour small rates.
@@ -226,11 +236,11 @@ def _search(run: Run) -> list[dict[str, Any]]:
     """
     rates = run.config.learning_rates
     if len(rates) == 1:  # nothing to choose; the card gets the error of the run itself
-        return [{"lr": rates[0], "validation_error": math.inf}]
+        return [{"lr": rates[0], "validation_error": math.inf, "losses": None}]
     path = run.folder / "resume" / "search.json"
     try:
         done = json.loads(path.read_text()) if path.exists() else []
-        done = [{"lr": cell["lr"], "validation_error": cell["validation_error"]} for cell in done]
+        done = [{key: cell[key] for key in ("lr", "validation_error", "losses")} for cell in done]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BadArgument(f"{path} is damaged ({error}); delete it to search again") from error
     for index in range(len(done), len(rates)):
@@ -238,11 +248,13 @@ def _search(run: Run) -> list[dict[str, Any]]:
         label = f"learning rate {index + 1} of {len(rates)}"
         try:
             model = fit(run, rates[index], run.config.search_steps, name, label=label).model
-            score = float(validation(run)(model).loss.mean())
+            losses = validation(run)(model).loss.mean(1)
         except NonFinite:
-            score = math.nan
-        kept = score if math.isfinite(score) else None
-        done.append({"lr": rates[index], "validation_error": kept})
+            losses = torch.full((1,), math.nan)
+        if bool(losses.isfinite().all()):
+            done.append({"lr": rates[index], "validation_error": float(losses.mean()), "losses": losses.tolist()})
+        else:
+            done.append({"lr": rates[index], "validation_error": None, "losses": None})
         run.accelerator.wait_for_everyone()
         if run.accelerator.is_main_process:
             write_whole(path, strict_json(done) + "\n")
@@ -255,10 +267,27 @@ def _search(run: Run) -> list[dict[str, Any]]:
     return done
 
 
+def compared(tried: list[dict[str, Any]], peak: float) -> list[dict[str, Any]]:
+    """The candidates as the card has them: each but the chosen one with ``behind``, the 95 % interval over validation
+    prompts of how far its loss is above the chosen one's. Where that reaches 0 chance may have told them apart.
+    """
+    best = next(cell for cell in tried if cell["lr"] == peak)
+    found = []
+    for cell in tried:
+        row = {key: cell[key] for key in ("lr", "validation_error")}
+        if cell["losses"] is not None and cell is not best:
+            behind = paired_difference(np.asarray(cell["losses"]), np.asarray(best["losses"]))
+            row["behind"] = [float(behind.low), float(behind.high)]
+        found.append(row)
+    return found
+
+
 def _make_card(run: Run, fitted: Fitted, peak: float, tried: list[dict[str, Any]]) -> dict[str, Any]:
     config, task, model = run.config, run.task, fitted.model
     if len(tried) == 1:
         tried = [{"lr": peak, "validation_error": float(validation(run)(model).loss.mean())}]
+    else:
+        tried = compared(tried, peak)
     return {
         "task": config.task,
         "task_config": dict(task.config),

@@ -8,12 +8,14 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from hooks.errors import BadArgument, RunFailed
 from interp.training import fit
+from interp.training.train import compared
 from tests.interp.tiny import (
     CONFIG,
     SEARCH,
@@ -35,6 +37,11 @@ def test_the_search_takes_the_best_rate_on_validation_prompts(tmp_path: Path) ->
     assert [cell["lr"] for cell in tried] == list(SEARCH.learning_rates)
     best = min(tried, key=lambda cell: cell["validation_error"])["lr"]
     assert card["learning_rate"] == best
+    assert [cell["lr"] for cell in tried if "behind" not in cell] == [best]
+    for cell in tried:
+        if "behind" in cell:
+            low, high = cell["behind"]
+            assert low <= cell["validation_error"] - min(one["validation_error"] for one in tried) <= high
     go(tmp_path / "alone", dataclasses.replace(CONFIG, learning_rates=(best,)))
     assert same(weights(tmp_path / "searched"), weights(tmp_path / "alone"))
 
@@ -85,6 +92,27 @@ def test_a_rate_that_blows_up_is_listed_as_null_and_lost(tmp_path: Path) -> None
     hopeless = dataclasses.replace(SEARCH, learning_rates=(1e36, 1e37, 1e38), weight_decay=1.0)
     with pytest.raises(RunFailed, match="much lower --learning-rates"):
         go(tmp_path / "hopeless", hopeless)
+
+
+def test_rates_that_chance_tells_apart_are_said(tmp_path: Path) -> None:
+    """Planted: one candidate a little better for every prompt, one better on average only, by what prompts differ."""
+    rng = np.random.default_rng(0)
+    losses = 1 + rng.random(256)
+    tried = [
+        {"lr": rate, "validation_error": float(values.mean()), "losses": values.tolist()}
+        for rate, values in ((0.1, losses), (0.2, losses + 0.01), (0.4, rng.permutation(losses) + 0.001))
+    ]
+    chosen, worse, by_chance = compared([*tried, {"lr": 0.8, "validation_error": None, "losses": None}], 0.1)[:3]
+    assert "behind" not in chosen
+    assert worse["behind"] == pytest.approx([0.01, 0.01])
+    assert by_chance["behind"][0] < 0 < by_chance["behind"][1]
+
+    done = go(tmp_path, SEARCH)
+    card = {**done.card, "learning_rate": 0.1, "learning_rates": [chosen, worse, by_chance]}
+    said = [line for line in dataclasses.replace(done, card=card).summary().splitlines() if line.startswith("note:")]
+    assert len(said) == 1 and "could not tell 0.4 from 0.1: after 6 steps" in said[0]
+    card["learning_rates"] = [chosen, worse]
+    assert "note:" not in dataclasses.replace(done, card=card).summary()
 
 
 def test_a_damaged_search_file_is_refused(tmp_path: Path) -> None:
