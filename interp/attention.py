@@ -36,7 +36,7 @@ from interp.recurrence import Recurrence, adjoints, edited, mixer_of, observe, p
 
 __all__ = ["INSIDE", "Attention", "Contributions", "contributions", "matrix"]
 
-TILE_NUMBERS = 1 << 20
+TILE_NUMBERS = 1 << 23
 """Numbers of whole matrices at a time, where only some rows of them are asked for."""
 ROW_COST = 8
 """How many rows of the whole matrix cost about as much as one row by the adjoint recurrence."""
@@ -168,34 +168,31 @@ def _channels(channels: Index, heads: Index, sizes: Mapping[str, int]) -> Int[Te
 def _values(seen: Recurrence, columns: Tensor, queries: Tensor) -> tuple[Tensor, Shares, Shares]:
     """M for each unit of x, and the shares of h_0 and of edits."""
     assert seen.gain is not None
-    every = len(columns) == seen.x.shape[-1]
-    batch, length = seen.x.shape[:2]
-    made = (batch, len(columns), len(queries))
-    values, start, put = (seen.x.new_zeros(shape) for shape in ((*made, length), made, made))
-    C = seen.rows(torch.ones_like(seen.x))
-    few = seen.factored or ROW_COST * len(queries) < length
+    batch, length, width = seen.x.shape
+    every = torch.equal(columns, torch.arange(width, device=columns.device))
+    at: Any = slice(None) if every else columns
+    decay, row = seen.numbers(seen.decay[:, :, at]), seen.rows(torch.ones_like(seen.x))[:, :, at]
+    gain, init = (seen.numbers(part[..., at, :]) for part in (seen.gain, seen.init))
+    added = None if seen.edited is None else seen.numbers(seen.edited[:, :, at])
+    if seen.factored or ROW_COST * len(queries) < length:
+        found = [_row(decay, gain, init, added, row, int(query)) for query in queries]
+        values, start, put = (torch.stack(part, 2) for part in zip(*found, strict=True))
+        return values, start, put
+    count = len(columns)
+    values = seen.x.new_zeros(batch, count, len(queries), length)
     direct = torch.equal(queries, torch.arange(length, device=queries.device))
-    started = bool(seen.init.any())
-    tile = len(columns) if few or direct else max(1, TILE_NUMBERS // (batch * length * length))
-    for first in range(0, len(columns), tile):
-        here = slice(first, first + tile)
-        at: Any = here if every else columns[here]
-        decay = seen.numbers(seen.decay[:, :, at])
-        gain, init = (seen.numbers(part[..., at, :]) for part in (seen.gain, seen.init))
-        row = C[:, :, at]
-        added = None if seen.edited is None else seen.numbers(seen.edited[:, :, at])
-        if few:
-            found = [_row(decay, gain, init, added, row, int(query)) for query in queries]
-            values[:, here], start[:, here], put[:, here] = (torch.stack(part, 2) for part in zip(*found, strict=True))
-            continue
-        whole = values if direct else values.new_zeros(batch, init.shape[1], length, length)
-        all_pairs(decay, gain, row, whole)
+    tile = count if direct else max(1, TILE_NUMBERS // (batch * length * length))
+    whole = values if direct else values.new_zeros(batch, min(tile, count), length, length)
+    for first in range(0, count, tile):
+        here = slice(first, min(first + tile, count))
+        if here.stop - first < whole.shape[1]:  # the last tile
+            whole = values.new_zeros(batch, here.stop - first, length, length)
+        all_pairs(decay[:, :, here], gain[:, :, here], row[:, :, here], whole)
         if not direct:
             values[:, here] = whole[:, :, queries]
-        if started:
-            start[:, here] = _read_states(decay, None, row, init)[..., queries]
-        if added is not None:
-            put[:, here] = _read_states(decay, added, row, torch.zeros_like(init))[..., queries]
+    nothing = values.new_zeros(values.shape[:3])
+    start = _read_states(decay, None, row, init)[..., queries] if bool(init.any()) else nothing
+    put = nothing if added is None else _read_states(decay, added, row, torch.zeros_like(init))[..., queries]
     return values, start, put
 
 

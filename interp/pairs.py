@@ -1,11 +1,12 @@
 """What every position writes, as every later one reads it: all pairs of positions of a recurrence.
 
-CPU tensors of real numbers go to compiled loops (``pairs_compiled.py``), everything else to ``tree``. Both only
+CPU tensors in float32 or float64 go to compiled loops (``pairs_compiled.py``), everything else to ``tree``. Both only
 multiply decays, as ``interp/recurrence.py`` does.
 """
 
 from __future__ import annotations
 
+import torch
 from jaxtyping import Float, Inexact
 from torch import Tensor
 
@@ -22,7 +23,7 @@ def all_pairs(
     out: Float[Tensor, "batch d_inner pos pos"],
 ) -> None:
     """Σ_n row_t ∏_{s<k≤t} decay_k gain_s into ``out`` at (t, s) for s ≤ t; ``out`` is contiguous, and zeros."""
-    if out.device.type == "cpu" and not decay.is_complex():
+    if out.device.type == "cpu" and decay.dtype in (torch.float32, torch.float64):
         from interp import pairs_compiled  # numba: half a second that only those pay who ask for a matrix
 
         pairs_compiled.all_pairs(decay, gain, row, out)

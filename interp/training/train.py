@@ -240,7 +240,10 @@ def _search(run: Run) -> list[dict[str, Any]]:
     path = run.folder / "resume" / "search.json"
     try:
         done = json.loads(path.read_text()) if path.exists() else []
-        done = [{key: cell[key] for key in ("lr", "validation_error", "losses")} for cell in done]
+        # Files from before the losses were kept are good; such candidates are not compared.
+        done = [
+            {**{key: cell[key] for key in ("lr", "validation_error")}, "losses": cell.get("losses")} for cell in done
+        ]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BadArgument(f"{path} is damaged ({error}); delete it to search again") from error
     for index in range(len(done), len(rates)):
@@ -275,7 +278,7 @@ def compared(tried: list[dict[str, Any]], peak: float) -> list[dict[str, Any]]:
     found = []
     for cell in tried:
         row = {key: cell[key] for key in ("lr", "validation_error")}
-        if cell["losses"] is not None and cell is not best:
+        if cell is not best and cell["losses"] is not None and best["losses"] is not None:
             behind = paired_difference(np.asarray(cell["losses"]), np.asarray(best["losses"]))
             row["behind"] = [float(behind.low), float(behind.high)]
         found.append(row)

@@ -130,6 +130,7 @@ def pair_scan(
     """
     axes = {"write": "batch pos d_inner re_im", "decay": "batch pos d_inner re_im", "h0": "batch d_inner re_im"}
     write, decay, h0 = _checked({"write": write, "decay": decay, "h0": h0}, axes, _SINGLE, _DOUBLE)
+    _even("write", write)
     return pair.scan(decay, write, h0)
 
 
@@ -148,9 +149,17 @@ def constant_pair_states(
     weights = dict.fromkeys(("decay", "gain", "read"), "d_inner re_im")
     axes = {"x": "batch pos d_inner", **weights, "h0": "batch d_inner re_im"}
     operands = _checked(dict(zip(axes, (x, decay, gain, read, h0), strict=True)), axes, _SINGLE, _DOUBLE)
+    _even("decay", operands[1])
     with torch.no_grad():
         y, states = pair.constant_states(*operands)
     return y.to(x.dtype), states
+
+
+def _even(name: str, pairs: Tensor) -> None:
+    if pairs.shape[-1] % 2:
+        raise BadArgument(
+            f"{name} has shape {tuple(pairs.shape)}; its last axis holds real parts and as many imaginary"
+        )
 
 
 _SCAN = {

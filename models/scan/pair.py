@@ -38,8 +38,9 @@ def constant_states(
     if x.device.type != "cpu":
         write = gain * x[..., None]
         start = torch.zeros_like(write[:, 0]) if h0 is None else h0
-        states = by_definition(decay.expand_as(write), write, start)
-        return torch.einsum("bldn,dn->bld", states, read), states
+        states = _in_torch(decay.expand_as(write), write, start)
+        with torch.autocast(x.device.type, enabled=False):
+            return torch.einsum("bldn,dn->bld", states, read), states
     from models.scan import pair_kernels as kernels  # numba: half a second that only those pay who scan
 
     y, states = torch.empty_like(x), pages.empty((*x.shape, decay.shape[1]), x.dtype)
@@ -62,7 +63,7 @@ class _PairScan(torch.autograd.Function):
 
     @staticmethod
     def forward(decay: Tensor, write: Tensor, start: Tensor) -> Tensor:
-        return _compiled(decay, write, start) if write.device.type == "cpu" else by_definition(decay, write, start)
+        return _compiled(decay, write, start) if write.device.type == "cpu" else _in_torch(decay, write, start)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
@@ -84,8 +85,21 @@ class _PairScan(torch.autograd.Function):
         return to_decay, adjoint, to_start
 
 
+def _in_torch(decay: Pairs, write: Pairs, start: Start) -> Pairs:
+    """On any device: real arithmetic on views, so that nothing is copied or allocated on the way."""
+    states = torch.empty_like(write, memory_format=torch.contiguous_format)
+    (a, b), (u, v), (real, imag) = (tensor.chunk(2, dim=-1) for tensor in (decay, write, states))
+    p, q = start.chunk(2, dim=-1)
+    for t in range(write.shape[1]):
+        torch.addcmul(u[:, t], a[:, t], p, out=real[:, t]).addcmul_(b[:, t], q, value=-1)
+        torch.addcmul(v[:, t], a[:, t], q, out=imag[:, t]).addcmul_(b[:, t], p)
+        p, q = real[:, t], imag[:, t]
+    # A NaN stays in every later state, so the last one tells whether an overflow met a zero on the way.
+    return by_definition(decay, write, start) if bool(torch.isnan(states[:, -1]).any()) else states
+
+
 def by_definition(decay: Pairs, write: Pairs, start: Start) -> Pairs:
-    """Token by token; what the compiled loops are tested against."""
+    """Token by token, a zero winning; what everything else here is tested against."""
     states = torch.empty_like(write, memory_format=torch.contiguous_format)
     past = start
     for t in range(write.shape[1]):

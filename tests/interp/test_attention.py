@@ -146,6 +146,7 @@ def test_chosen_rows_and_channels_are_those_of_the_whole(variant: str, inside: A
         "tree, some": {"queries": slice(3, 60), "channels": slice(0, 4)},
         "mask": {"queries": torch.arange(70) % 2 == 0},
         "last": {"queries": -1},
+        "all channels, in another order": {"channels": torch.arange(len(whole.channels)).flip(0)},
     }
     for way, picks in ways.items():
         some = matrix(model, x, 1, inside=inside, edits=edits, **picks)

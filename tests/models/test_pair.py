@@ -60,7 +60,9 @@ def test_states_and_gradients_are_those_of_complex_numbers(shape: tuple[int, int
     weight = torch.randn(write.shape, generator=torch.Generator().manual_seed(0), dtype=write.dtype)
     found, expected = (f(decay.expand_as(write), write, start) for f in (pair_scan, one_by_one))
     assert_close(found, expected, rtol=1e-12, atol=1e-12)
-    assert_close(pair.by_definition(decay.expand_as(write), write, start), expected, rtol=1e-12, atol=1e-12)
+    with torch.no_grad():
+        for in_torch in (pair.by_definition, pair._in_torch):
+            assert_close(in_torch(decay.expand_as(write), write, start), expected, rtol=1e-12, atol=1e-12)
     gradients = [torch.autograd.grad((states * weight).sum(), leaves) for states in (found, expected)]
     for ours, theirs in zip(*gradients, strict=True):
         assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
@@ -102,7 +104,8 @@ def test_a_zero_wins_over_inf_as_by_definition() -> None:
     decay[:, 4, 0] = 0
     decay[:, 0, 1] = 0
     found = pair_scan(decay, write, start)
-    assert_close(found, pair.by_definition(decay, write, start), rtol=1e-12, atol=1e-12, equal_nan=True)
+    for in_torch in (pair.by_definition, pair._in_torch):
+        assert_close(found, in_torch(decay, write, start), rtol=1e-12, atol=1e-12, equal_nan=True)
     assert bool(found[:, 4:].isfinite().all()) and bool(found[:, 1, 0].isinf().all())
     decay[:, 6] = math.nan
     assert bool(pair_scan(decay, write, start)[:, 6:].isnan().all())
@@ -151,6 +154,10 @@ def test_operands_that_do_not_fit_are_refused() -> None:
         scan(decay[:, :3], write, start)
     with pytest.raises(BadArgument, match="h0 has shape"):
         scan(decay, write, start[:, :2])
+    with pytest.raises(BadArgument, match="as many imaginary"):
+        scan(decay[..., :3], write[..., :3])
     weights = [part[0, 0] for part in (decay, write, write)]
+    with pytest.raises(BadArgument, match="as many imaginary"):
+        constant(write[..., 0], *(part[:, :3] for part in weights))
     with pytest.raises(BadArgument, match="gain has shape"):
         constant(write[..., 0], weights[0], weights[1][:2], weights[2])

@@ -84,6 +84,15 @@ def test_a_killed_search_goes_on(tmp_path: Path, step: int) -> None:
     assert [row["step"] for row in metrics(tmp_path / "broken")] == [3, 6, 9, 12]
 
 
+def test_a_search_of_before_the_losses_were_kept_goes_on(tmp_path: Path) -> None:
+    whole = go(tmp_path / "whole", SEARCH).card
+    (tmp_path / "older" / "resume").mkdir(parents=True)
+    kept = [{key: cell[key] for key in ("lr", "validation_error")} for cell in whole["learning_rates"]]
+    (tmp_path / "older" / "resume" / "search.json").write_text(json.dumps(kept))
+    assert go(tmp_path / "older", SEARCH).card["learning_rates"] == kept
+    assert same(weights(tmp_path / "older"), weights(tmp_path / "whole"))
+
+
 def test_a_rate_that_blows_up_is_listed_as_null_and_lost(tmp_path: Path) -> None:
     config = dataclasses.replace(SEARCH, learning_rates=(1e-2, 1e-3, 1e38), weight_decay=1.0)
     card = go(tmp_path, config).card
