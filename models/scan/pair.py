@@ -115,12 +115,10 @@ def _compiled(decay: Pairs, write: Pairs, start: Start | None) -> Pairs:
     found = pages.empty(tuple(write.shape), write.dtype)
     # A decay that is one for the whole batch, or for all tokens, is read where it is.
     row, step = (1 if decay.stride(axis) == 0 else decay.shape[axis] for axis in (0, 1))
-    given = [_apart(part) for part in (decay[:row, :step], write)]
+    before = write.new_empty(0, 0, 0) if start is None else start
+    given = [_apart(part) for part in (decay[:row, :step], write, before, found)]
     for guarded in (False, True):
-        if start is None:
-            _run(kernels.adjoint, found, *given, _apart(found), guarded)
-        else:
-            _run(kernels.scan, found, *given, _apart(start), _apart(found), guarded)
+        _run(kernels.scan, found, *given, start is None, guarded)
         # A NaN stays in all that is computed later: the end tells whether an overflow met a zero on the way.
         if not torch.isnan(found[:, 0 if start is None else -1]).any():
             break

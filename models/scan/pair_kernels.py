@@ -28,12 +28,16 @@ def nothing(a, e, p, q, zero):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def scan(first, last, groups, decay, write, start, states, guarded):  # type: ignore[no-untyped-def]
-    """All states of h_t = ā_t h_{t−1} + w_t; decay is (1 or batch, 1 or pos, d_inner, 2, n), start may be empty."""
+def scan(first, last, groups, decay, write, start, states, backwards, guarded):  # type: ignore[no-untyped-def]
+    """All states of h_t = ā_t h_{t−1} + w_t; decay is (1 or batch, 1 or pos, d_inner, 2, n), start may be empty.
+
+    ``backwards`` all of λ_t = w_t + conj(ā_{t+1}) λ_{t+1}, from the last position to the first.
+    """
     length, width, n = write.shape[1], write.shape[2], write.shape[4]
     real = carray(stack(write, _ROOM), (TOGETHER, STATES))
     imag = carray(stack(write, _ROOM), (TOGETHER, STATES))
     zero = write.dtype.type(0)
+    sign = write.dtype.type(-1 if backwards else 1)
     for unit in range(first, last):
         b = unit // groups
         row = b if decay.shape[0] > 1 else 0
@@ -51,13 +55,16 @@ def scan(first, last, groups, decay, write, start, states, guarded):  # type: ig
                         for j in range(part):
                             real[c, j] = start[b, channel + c, 0, n0 + j]
                             imag[c, j] = start[b, channel + c, 1, n0 + j]
-                for t in range(length):
-                    step = t if decay.shape[1] > 1 else 0
+                for i in range(length):
+                    t = length - 1 - i if backwards else i
+                    step = 0
+                    if decay.shape[1] > 1:  # nothing comes after the last position: there any decay will do
+                        step = min(t + 1, length - 1) if backwards else t
                     for c in range(some):
                         if guarded:
                             for j in range(part):
                                 a = decay[row, step, channel + c, 0, n0 + j]
-                                e = decay[row, step, channel + c, 1, n0 + j]
+                                e = sign * decay[row, step, channel + c, 1, n0 + j]
                                 p, q = real[c, j], imag[c, j]
                                 lost = nothing(a, e, p, q, zero)
                                 real[c, j] = write[b, t, channel + c, 0, n0 + j] + (zero if lost else a * p - e * q)
@@ -65,7 +72,7 @@ def scan(first, last, groups, decay, write, start, states, guarded):  # type: ig
                         else:
                             for j in range(part):
                                 a = decay[row, step, channel + c, 0, n0 + j]
-                                e = decay[row, step, channel + c, 1, n0 + j]
+                                e = sign * decay[row, step, channel + c, 1, n0 + j]
                                 p, q = real[c, j], imag[c, j]
                                 real[c, j] = write[b, t, channel + c, 0, n0 + j] + (a * p - e * q)
                                 imag[c, j] = write[b, t, channel + c, 1, n0 + j] + (a * q + e * p)
@@ -73,53 +80,6 @@ def scan(first, last, groups, decay, write, start, states, guarded):  # type: ig
                             states[b, t, channel + c, 0, n0 + j] = real[c, j]
                         for j in range(part):
                             states[b, t, channel + c, 1, n0 + j] = imag[c, j]
-
-
-@compiled
-def adjoint(first, last, groups, decay, grad, found, guarded):  # type: ignore[no-untyped-def]
-    """λ_t = grad_t + conj(ā_{t+1}) λ_{t+1} from the last position to the first; shapes as in ``scan``."""
-    length, width, n = grad.shape[1], grad.shape[2], grad.shape[4]
-    real = carray(stack(grad, _ROOM), (TOGETHER, STATES))
-    imag = carray(stack(grad, _ROOM), (TOGETHER, STATES))
-    zero = grad.dtype.type(0)
-    for unit in range(first, last):
-        b = unit // groups
-        row = b if decay.shape[0] > 1 else 0
-        for group in range(groups):
-            if group != unit % groups:
-                continue
-            channel = group * TOGETHER
-            some = min(TOGETHER, width - channel)
-            for n0 in range(0, n, STATES):
-                part = min(STATES, n - n0)
-                for c in range(some):
-                    for j in range(part):
-                        real[c, j] = grad[b, length - 1, channel + c, 0, n0 + j]
-                        imag[c, j] = grad[b, length - 1, channel + c, 1, n0 + j]
-                        found[b, length - 1, channel + c, 0, n0 + j] = real[c, j]
-                        found[b, length - 1, channel + c, 1, n0 + j] = imag[c, j]
-                for t in range(length - 2, -1, -1):
-                    step = t + 1 if decay.shape[1] > 1 else 0
-                    for c in range(some):
-                        if guarded:
-                            for j in range(part):
-                                a = decay[row, step, channel + c, 0, n0 + j]
-                                e = -decay[row, step, channel + c, 1, n0 + j]
-                                p, q = real[c, j], imag[c, j]
-                                lost = nothing(a, e, p, q, zero)
-                                real[c, j] = grad[b, t, channel + c, 0, n0 + j] + (zero if lost else a * p - e * q)
-                                imag[c, j] = grad[b, t, channel + c, 1, n0 + j] + (zero if lost else a * q + e * p)
-                        else:
-                            for j in range(part):
-                                a = decay[row, step, channel + c, 0, n0 + j]
-                                e = -decay[row, step, channel + c, 1, n0 + j]
-                                p, q = real[c, j], imag[c, j]
-                                real[c, j] = grad[b, t, channel + c, 0, n0 + j] + (a * p - e * q)
-                                imag[c, j] = grad[b, t, channel + c, 1, n0 + j] + (a * q + e * p)
-                        for j in range(part):
-                            found[b, t, channel + c, 0, n0 + j] = real[c, j]
-                        for j in range(part):
-                            found[b, t, channel + c, 1, n0 + j] = imag[c, j]
 
 
 @compiled

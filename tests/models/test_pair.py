@@ -110,17 +110,17 @@ def test_a_zero_wins_over_inf_as_by_definition() -> None:
     decay[:, 6] = math.nan
     assert bool(pair_scan(decay, write, start)[:, 6:].isnan().all())
 
+    empty = torch.zeros_like(write)  # a NaN is not hidden by an empty past
+    assert bool(pair_scan(decay, empty, torch.zeros_like(start))[:, 6:].isnan().all())
+
     ends = [operands((1, 1, 3, 5))[i][0, 0] for i in (0, 1)]
     ends[0][1] = 0
-    y, states = constant_pair_states(write[..., 0], ends[0], ends[1], torch.ones(3, 10, dtype=torch.float64), start)
-    assert bool(states[:, :, 1].isfinite().all()) and bool(y[:, :, 1].isfinite().all())
-    assert_close(
-        states,
-        pair.by_definition(ends[0].expand_as(decay), ends[1] * write[..., :1], start),
-        rtol=1e-12,
-        atol=1e-12,
-        equal_nan=True,
-    )
+    read = operands((1, 1, 3, 5))[1][0, 0]
+    y, states = constant_pair_states(write[..., 0], ends[0], ends[1], read, start)
+    expected = pair.by_definition(ends[0].expand_as(decay), ends[1] * write[..., :1], start)
+    assert bool(states[:, :, 1].isfinite().all()) and not bool(states.isfinite().all())
+    assert_close(states, expected, rtol=1e-12, atol=1e-12, equal_nan=True)
+    assert_close(y, (expected * read).sum(-1), rtol=1e-12, atol=1e-12, equal_nan=True)
 
 
 @pytest.mark.law

@@ -125,7 +125,10 @@ def test_reach_sees_a_cut_and_only_behind_it() -> None:
 @pytest.mark.parametrize("architecture", ["mamba", "s4d"])
 def test_derivatives_agree_with_differences_unless_a_gradient_is_tampered_with(architecture: str) -> None:
     model, x = small(architecture), tokens(3)
+    trained = [weight.requires_grad_(i > 0).requires_grad for i, weight in enumerate(model.parameters())]
     assert states.reach_gap(model, x, 5) < 5e-3
+    states.reach(model, x, 5)
+    assert [weight.requires_grad for weight in model.parameters()] == trained  # as they were
     with hooks.edit(model, {}, backward={"blocks.1.hook_resid_pre": lambda g: 3 * g}):
         assert states.reach_gap(model, x, 5) > 0.05
 
