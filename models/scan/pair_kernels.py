@@ -22,9 +22,11 @@ _WEIGHTS = 6 * _ROOM
 
 
 @inlined
-def nothing(a, e, p, q, zero):  # type: ignore[no-untyped-def]
-    """Whether (a + i e)(p + i q) is 0 by the rule that a zero wins."""
-    return (a == zero and e == zero) or (p == zero and q == zero and a == a and e == e)
+def times(a, e, p, q, guarded, zero):  # type: ignore[no-untyped-def]
+    """(a + i e)(p + i q); if ``guarded`` 0 by the rule that a zero wins."""
+    if guarded and ((a == zero and e == zero) or (p == zero and q == zero and a == a and e == e)):
+        return zero, zero
+    return a * p - e * q, a * q + e * p
 
 
 @compiled
@@ -49,33 +51,21 @@ def scan(first, last, groups, decay, write, start, states, backwards, guarded): 
             for n0 in range(0, n, STATES):
                 part = min(STATES, n - n0)
                 for c in range(some):
-                    for j in range(STATES):
-                        real[c, j], imag[c, j] = zero, zero
-                    if start.size > 0:
-                        for j in range(part):
-                            real[c, j] = start[b, channel + c, 0, n0 + j]
-                            imag[c, j] = start[b, channel + c, 1, n0 + j]
+                    for j in range(part):
+                        real[c, j] = start[b, channel + c, 0, n0 + j] if start.size > 0 else zero
+                        imag[c, j] = start[b, channel + c, 1, n0 + j] if start.size > 0 else zero
                 for i in range(length):
                     t = length - 1 - i if backwards else i
                     step = 0
                     if decay.shape[1] > 1:  # nothing comes after the last position: there any decay will do
                         step = min(t + 1, length - 1) if backwards else t
                     for c in range(some):
-                        if guarded:
-                            for j in range(part):
-                                a = decay[row, step, channel + c, 0, n0 + j]
-                                e = sign * decay[row, step, channel + c, 1, n0 + j]
-                                p, q = real[c, j], imag[c, j]
-                                lost = nothing(a, e, p, q, zero)
-                                real[c, j] = write[b, t, channel + c, 0, n0 + j] + (zero if lost else a * p - e * q)
-                                imag[c, j] = write[b, t, channel + c, 1, n0 + j] + (zero if lost else a * q + e * p)
-                        else:
-                            for j in range(part):
-                                a = decay[row, step, channel + c, 0, n0 + j]
-                                e = sign * decay[row, step, channel + c, 1, n0 + j]
-                                p, q = real[c, j], imag[c, j]
-                                real[c, j] = write[b, t, channel + c, 0, n0 + j] + (a * p - e * q)
-                                imag[c, j] = write[b, t, channel + c, 1, n0 + j] + (a * q + e * p)
+                        for j in range(part):
+                            a = decay[row, step, channel + c, 0, n0 + j]
+                            e = sign * decay[row, step, channel + c, 1, n0 + j]
+                            kept, turned = times(a, e, real[c, j], imag[c, j], guarded, zero)
+                            real[c, j] = write[b, t, channel + c, 0, n0 + j] + kept
+                            imag[c, j] = write[b, t, channel + c, 1, n0 + j] + turned
                         for j in range(part):
                             states[b, t, channel + c, 0, n0 + j] = real[c, j]
                         for j in range(part):
@@ -100,36 +90,25 @@ def constant(first, last, groups, x, decay, gain, read, start, y, states, guarde
             for n0 in range(0, n, STATES):
                 part = min(STATES, n - n0)
                 for c in range(some):
-                    for j in range(STATES):
-                        real[c, j], imag[c, j] = zero, zero
-                        for k in range(6):
-                            weights[k, c, j] = zero
+                    for j in range(part):
+                        real[c, j] = start[b, channel + c, 0, n0 + j] if start.size > 0 else zero
+                        imag[c, j] = start[b, channel + c, 1, n0 + j] if start.size > 0 else zero
                     for k in range(2):
                         for j in range(part):
                             weights[k, c, j] = decay[channel + c, k, n0 + j]
                             weights[2 + k, c, j] = gain[channel + c, k, n0 + j]
                             weights[4 + k, c, j] = read[channel + c, k, n0 + j]
-                    if start.size > 0:
-                        for j in range(part):
-                            real[c, j] = start[b, channel + c, 0, n0 + j]
-                            imag[c, j] = start[b, channel + c, 1, n0 + j]
                 for t in range(length):
                     for c in range(some):
                         value = x[b, t, channel + c]
                         total = zero
-                        if guarded:
-                            for j in range(part):
-                                a, e, p, q = weights[0, c, j], weights[1, c, j], real[c, j], imag[c, j]
-                                lost = nothing(a, e, p, q, zero)
-                                real[c, j] = weights[2, c, j] * value + (zero if lost else a * p - e * q)
-                                imag[c, j] = weights[3, c, j] * value + (zero if lost else a * q + e * p)
-                                total += weights[4, c, j] * real[c, j] + weights[5, c, j] * imag[c, j]
-                        else:
-                            for j in range(part):
-                                a, e, p, q = weights[0, c, j], weights[1, c, j], real[c, j], imag[c, j]
-                                real[c, j] = weights[2, c, j] * value + (a * p - e * q)
-                                imag[c, j] = weights[3, c, j] * value + (a * q + e * p)
-                                total += weights[4, c, j] * real[c, j] + weights[5, c, j] * imag[c, j]
+                        for j in range(part):
+                            kept, turned = times(
+                                weights[0, c, j], weights[1, c, j], real[c, j], imag[c, j], guarded, zero
+                            )
+                            real[c, j] = weights[2, c, j] * value + kept
+                            imag[c, j] = weights[3, c, j] * value + turned
+                            total += weights[4, c, j] * real[c, j] + weights[5, c, j] * imag[c, j]
                         for j in range(part):
                             states[b, t, channel + c, 0, n0 + j] = real[c, j]
                         for j in range(part):
