@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 
 class MambascopeError(Exception):
@@ -34,13 +34,39 @@ class NonFinite(RunFailed):
     """NaN or inf in the inputs, the weights, a site or the output."""
 
 
+def told(value: object) -> str:
+    """``value`` in a few words, for a message of one line: never the numbers of a tensor or the layers of a model.
+
+    A number, None or a short text as it is written; a tensor or an array by its class, shape and dtype; a collection
+    by its class and size; anything else by its class alone.
+    """
+    kind = type(value).__name__
+    if value is None or isinstance(value, bool | int | float | complex | str | bytes):
+        return _cut(repr(value))
+    shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
+    if isinstance(shape, tuple) and dtype is not None:
+        return f"a {kind} of shape {tuple(shape)} and {str(dtype).removeprefix('torch.')}"
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    if isinstance(value, list | tuple | set | frozenset | range | Mapping):
+        plain = not isinstance(value, Mapping) and all(isinstance(one, int | float | str) for one in value)
+        written = repr(value) if plain and len(value) <= 8 else ""
+        return written if 0 < len(written) <= 60 else f"a {kind} of {len(value)}"
+    return f"a {kind}"
+
+
+def _cut(text: str, most: int = 60) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= most else f"{line[: most - 2]} …"
+
+
 def unknown(kind: str, asked: str, have: Iterable[str], hint: str = "") -> str:
     """The one-line message for a name that does not exist, with the nearest names first.
 
     ``unknown("task", "lingre", ["linreg"])`` is
     ``no task is called "lingre"; did you mean "linreg"? (there is: linreg)``.
     """
-    names = list(have)
+    names, asked = list(have), _cut(asked)
     near = difflib.get_close_matches(asked, names, n=3, cutoff=0.6)
     guess = "; did you mean " + " or ".join(f'"{name}"' for name in near) + "?" if near else ";"
     shown = ", ".join(names[:12]) + (f", … {len(names) - 12} more" if len(names) > 12 else "")
