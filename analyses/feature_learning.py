@@ -251,7 +251,7 @@ def _checks(every: All) -> list[Check]:
     own = evaluate.errors(model, asked.task, batch=asked.batch.take(slice(0, 8)))
     gap = float((every.trained.error[:8] - own).abs().max() / own.abs().max())
     checks.append(Check.at_most("errors of all queries at once against those one by one, relative", gap, FP32))
-    tokens = asked.some.tokens[:16].to(next(model.parameters()))
+    tokens = fed(model, asked.some.tokens[:16])
     with torch.no_grad():
         clean = model(tokens)
         with hooks.edit(model, {"*.hook_delta": hooks.scale(1.0), "*.hook_gate": hooks.scale(1.0)}):

@@ -68,12 +68,12 @@ class Edit:
 
 def _indices(chosen: Index, size: int, what: str, site: str) -> Tensor:
     if chosen is None:
-        return torch.arange(size)
+        return torch.arange(size, device="cpu")
     if isinstance(chosen, slice):
-        found = torch.tensor(range(size)[chosen], dtype=torch.long)
+        found = torch.tensor(range(size)[chosen], dtype=torch.long, device="cpu")
     else:
         try:
-            found = torch.as_tensor(chosen).reshape(-1).cpu()
+            found = torch.as_tensor(chosen, device="cpu").reshape(-1)
         except (TypeError, ValueError, RuntimeError) as error:
             raise BadArgument(f"{what}={chosen!r} for {site}: give integers, a slice or a mask") from error
         if len(found) and (found.is_floating_point() or found.is_complex()):
@@ -140,7 +140,7 @@ def affine_map(values: Tensor, m: float | Tensor, c: float | Tensor) -> Tensor:
             return c.expand(values.shape).clone()
         if not m.requires_grad and bool((m == 1).all()):
             return values + c
-        return torch.where(m == 0, torch.zeros((), dtype=values.dtype), values) * m + c
+        return torch.where(m == 0, values.new_zeros(()), values) * m + c
     except RuntimeError as error:
         shapes = f"{tuple(m.shape)}, {tuple(c.shape)}"
         raise BadArgument(f"values of shape {shapes} do not fit the region {tuple(values.shape)}") from error
@@ -195,7 +195,7 @@ def mean(
         raise BadArgument(f"mean(over=()) is the value itself: name one of {', '.join(known)}")
     if ("kind" in axes) != (kinds is not None) or {"pos", "kind"} <= set(axes):
         raise BadArgument('mean(over="kind") needs kinds=, one integer for each position, and excludes "pos"')
-    kind_index = None if kinds is None else torch.as_tensor(kinds).reshape(-1).long()
+    kind_index = None if kinds is None else torch.as_tensor(kinds, device="cpu").reshape(-1).long()
     label = f"mean(over={axes})"
 
     def averaged(whole: Tensor, site: str) -> Tensor:
@@ -298,7 +298,7 @@ def derangement(size: int, seed: int = 0) -> Tensor:
     """A permutation of ``size`` indices without a fixed point: a shuffled cycle, the same for the same seed."""
     if size < 2:
         raise BadArgument("resample() takes another prompt's value and this batch has one prompt: give it more")
-    order = torch.randperm(size, generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(seed), device="cpu")
     result = torch.empty_like(order)
     result[order] = order.roll(1)
     return result

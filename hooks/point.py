@@ -26,7 +26,8 @@ from transformer_lens import ActivationCache, HookedRootModule
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.utilities.slice import Slice
 
-from hooks.errors import BadArgument, DidNotFire
+from hooks.errors import BadArgument, DidNotFire, told
+from hooks.inputs import no_gradients, readable
 from hooks.memory import check_memory
 from hooks.sites import HEAD_OUT, SITES, Pattern, resolve
 
@@ -276,10 +277,12 @@ class HookedModule(HookedRootModule):
         ``names_filter``: name, glob, list or predicate. ``pos_slice``: int, tuple, slice or list, taken on each
         site's own position axis (sites without positions are kept whole). ``fwd_hooks`` run before the cache
         reads. ``max_memory``: bytes that the cache may take, half of what is free by default.
-        Raises :class:`UnknownSite`, :class:`TooLarge` (before the forward), :class:`DidNotFire`.
+        ``incl_bwd`` needs a model whose output is one number. Raises :class:`UnknownSite`, :class:`TooLarge` (before
+        the forward), :class:`DidNotFire`, :class:`BadArgument` for an input that the model cannot read.
         """
-        tokens = model_args[0] if model_args else model_kwargs["x"]
+        tokens = model_args[0] if model_args else model_kwargs.get("x")
         names = resolve(self, names_filter, "names_filter")
+        readable(self, tokens, model_kwargs=model_kwargs)
         check_memory(self, tokens, names, max_memory, copies=2 if incl_bwd else 1)
         if remove_batch_dim and tokens.shape[0] != 1:
             raise BadArgument(f"remove_batch_dim needs one prompt, this batch has {tokens.shape[0]}")
@@ -293,7 +296,7 @@ class HookedModule(HookedRootModule):
                 self.hook_dict[name].add_hook(hook, "bwd", level=self.context_level)
             output = self(*model_args, **model_kwargs)
             if incl_bwd:
-                output.backward()
+                _one_number(output).backward()
         for direction, suffix in (("fwd", ""), *([("bwd", "_grad")] if incl_bwd else [])):
             silent = [name for name in names if name + suffix not in cache]
             if silent and (names_filter is not None or len(silent) == len(names)):
@@ -344,6 +347,18 @@ class HookedModule(HookedRootModule):
         for name, hook in backward:
             self.hook_dict[name].add_hook(hook, "bwd")
         return store
+
+
+def _one_number(output: Any) -> Tensor:
+    """``output``, if a backward pass can start at it; else :class:`BadArgument`."""
+    if not isinstance(output, Tensor) or output.numel() != 1:
+        raise BadArgument(
+            f"incl_bwd=True starts a backward pass at the output, which is {told(output)} and not one number: take "
+            "the three of get_caching_hooks(names, incl_bwd=True) and call backward() on a loss inside model.hooks(…)"
+        )
+    if not output.requires_grad:
+        raise BadArgument(f"incl_bwd=True has no gradient to follow: {no_gradients()}")
+    return output
 
 
 class _Group:

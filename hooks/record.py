@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hooks.errors import BadArgument, DidNotFire
+from hooks.inputs import readable
 from hooks.memory import check_memory
 from hooks.point import HookedModule, add_reader, watched, why_silent
 from hooks.sites import Pattern, resolve
@@ -78,6 +79,7 @@ def record(
     forward, :class:`DidNotFire` where a site did not fire, :class:`NonFinite` where NaN or inf first appears.
     """
     names = resolve(model, sites)
+    readable(model, x, model_kwargs=model_kwargs)
     check_memory(model, x, names, max_memory)
     values: dict[str, Tensor] = {}
     # Our models never write in place, so with no other hook about the first record of a tensor can be the tensor.

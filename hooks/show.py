@@ -25,11 +25,12 @@ def show(model: Any, x: Tensor | None = None) -> Tree:
     Axes that depend on the input stand by name; with an input ``x`` the model runs on it once and the shapes are the
     live ones. Blocks that look alike are shown once, with their range.
     """
+    table = sites(model)
     live = {} if x is None else {name: tuple(value.shape) for name, value in record(model, x).items()}
     lines: list[str] = [f"{type(model).__name__}: {len(model.hook_dict)} sites"]
     blocks: dict[str, list[tuple[str, str]]] = {}
     outside: list[tuple[str | None, str]] = []
-    for site in sites(model):
+    for site in table:
         size: tuple[int | str, ...] = live.get(site.name) or tuple(
             axis if n is None else n for axis, n in zip(site.axes, site.shape, strict=True)
         )

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from hooks.errors import BadArgument, UnknownSite
+from hooks.errors import BadArgument, UnknownSite, told
 
 Pattern = str | Iterable[Any] | Callable[[str], Any] | None
 
@@ -173,9 +173,10 @@ def sites(model: Any) -> SiteTable:
     Works on any object with a ``hook_dict`` of hook points: our models, and TransformerLens models, whose
     own sites are listed under their own names without an equation.
     """
+    named = points(model)
     sizes: dict[str, int] = model.axis_sizes() if hasattr(model, "axis_sizes") else {}
     found = []
-    for name in model.hook_dict:
+    for name in named:
         row = kind_of(name)
         if row is None:
             found.append(Site(name, (), (), "", "", "not in the vocabulary"))
@@ -184,6 +185,23 @@ def sites(model: Any) -> SiteTable:
             shape = tuple(_size(model, name, axis, sizes) for axis in axes)
             found.append(Site(name, axes, shape, row.equation, row.range, row.note))
     return SiteTable(found)
+
+
+def points(model: Any) -> Mapping[str, Any]:
+    """Full site name → hook point, in firing order.
+
+    Raises :class:`BadArgument` for what has no sites; what wraps a model with sites is told how to take it out.
+    """
+    try:
+        found: Mapping[str, Any] = model.hook_dict
+    except AttributeError:
+        inside = getattr(model, "module", None)  # DataParallel and whatever else trains on several devices
+        if hasattr(inside, "hook_dict"):
+            hint = f"it wraps a {type(inside).__name__}: give model.module"
+        else:
+            hint = "give a model of models.build or models.load, or a TransformerLens one"
+        raise BadArgument(f"{told(model)} has no sites: {hint}") from None
+    return found
 
 
 def axes_of(model: Any, name: str) -> tuple[str, ...]:
@@ -210,7 +228,7 @@ def resolve(model: Any, pattern: Pattern, what: str = "site") -> list[str]:
 
     Raises :class:`UnknownSite` where nothing matches (for each entry of a list), with the near names.
     """
-    names = list(model.hook_dict)
+    names = list(points(model))
     if pattern is None:
         return names
     if isinstance(pattern, nn.Module):

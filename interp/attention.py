@@ -28,6 +28,7 @@ from torch import Tensor
 
 from hooks.edit import Index
 from hooks.errors import BadArgument, TooLarge
+from hooks.inputs import readable
 from hooks.memory import free_memory
 from interp.contributions import Contributions, contributions
 from interp.inside import INSIDE, inside_of, taps_of
@@ -101,6 +102,7 @@ def matrix(
     """
     chosen = inside_of(inside)
     _, mixer = mixer_of(model, layer, chosen.sites)
+    readable(model, x)
     columns = _channels(channels, heads, mixer.axis_sizes())
     rows = picked("queries", queries, x.shape[1])
     size = 2 * x.shape[0] * len(columns) * len(rows) * x.shape[1] * next(model.parameters()).element_size()
@@ -162,7 +164,7 @@ def _channels(channels: Index, heads: Index, sizes: Mapping[str, int]) -> Int[Te
     if "head" not in sizes:
         raise BadArgument(f"this model has no heads, it has {sizes['d_inner']} channels: use channels=")
     each = sizes["d_inner"] // sizes["head"]
-    return (picked("heads", heads, sizes["head"])[:, None] * each + torch.arange(each)).reshape(-1)
+    return (picked("heads", heads, sizes["head"])[:, None] * each + torch.arange(each, device="cpu")).reshape(-1)
 
 
 def _values(seen: Recurrence, columns: Tensor, queries: Tensor) -> tuple[Tensor, Shares, Shares]:

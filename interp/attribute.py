@@ -28,6 +28,7 @@ from torch import Tensor
 import hooks
 from hooks.edit import Index, region_of
 from hooks.errors import BadArgument
+from hooks.inputs import gradients_can_be, readable
 from hooks.sites import Pattern, kind_of
 from interp.arguments import whole_number
 from interp.metric import Metric, kind, one_arithmetic, one_number
@@ -42,8 +43,10 @@ def gradients(
     :class:`BadArgument` for a model in train mode, and for a metric that is not one number for each prompt or that no
     gradient leads back from to any of the sites; where only some are without a path their gradient is zero.
     """
-    _refuse_training(model)
+    gradients_can_be("attribution")
     names = hooks.resolve(model, sites)
+    _refuse_training(model)
+    readable(model, x, model_kwargs=model_kwargs)
     enters = {name: name if readout_only else _where_it_enters(name) for name in names}
     tapped = hooks.resolve(model, {*names, *enters.values()})
     found: dict[str, Tensor] = {}
@@ -101,6 +104,8 @@ def attribution_patching(
     ``patch.activations`` runs the model for each. Raises as :func:`gradients`, and :class:`BadArgument` for prompts of
     two shapes. (Nanda 2023; Syed et al. 2023)
     """
+    readable(model, clean, "clean", model_kwargs)
+    readable(model, corrupted, "corrupted", model_kwargs)
     if clean.shape != corrupted.shape:
         raise BadArgument(
             f"clean prompts {tuple(clean.shape)}, corrupted ones {tuple(corrupted.shape)}: give one shape"
@@ -156,9 +161,11 @@ def integrated_gradients(
     # Here, because captum loads matplotlib.
     from captum.attr import IntegratedGradients
 
-    _refuse_training(model)
-    whole_number("steps", steps, least=1)
+    gradients_can_be("attribution")
     name, *more = hooks.resolve(model, site)
+    _refuse_training(model)
+    readable(model, x, model_kwargs=model_kwargs)
+    whole_number("steps", steps, least=1)
     if more:
         raise BadArgument(f'"{site}" matches {len(more) + 1} sites, {name} first: integrate over one at a time')
     if readout_only and kind(name) != "hook_state":
@@ -175,7 +182,8 @@ def integrated_gradients(
         # The metric may hold the labels of these prompts, so it is asked about one copy of the batch at a time.
         return torch.cat([one_number(metric, part, size) for part in output.split(size)])
 
-    with torch.enable_grad():
+    # captum makes the points of its quadrature on torch's default device.
+    with torch.enable_grad(), torch.device(value.device):
         values = IntegratedGradients(along).attribute(
             value, start, additional_forward_args=(x,), n_steps=steps, internal_batch_size=batch_size
         )
@@ -211,7 +219,7 @@ def _refuse_training(model: Any) -> None:
 
 
 def _fitted(baseline: Tensor | float, value: Tensor, name: str) -> Tensor:
-    start = torch.as_tensor(baseline).detach().to(value)
+    start = torch.as_tensor(baseline, dtype=value.dtype, device=value.device).detach()
     try:
         return start.expand(value.shape).clone()
     except RuntimeError as error:

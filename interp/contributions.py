@@ -22,6 +22,7 @@ from torch import Tensor
 import hooks
 from hooks.edit import Edit, Index
 from hooks.errors import BadArgument
+from hooks.inputs import gradients_can_be, readable
 from hooks.point import watched
 from interp.inside import Inside, inside_of, taps_of
 from interp.recurrence import Inner, Recurrence, edited, mixer_of, observe, picked
@@ -103,6 +104,7 @@ def contributions(
     (named), both or neither of weights and scalar, and a scalar of another shape or that does not depend on the layer.
     """
     chosen = inside_of(inside)
+    readable(model, x)
     if (scalar is None) == (weights is None):
         raise BadArgument("contributions are to one number: give weights= (of the scan's output) or scalar=, not both")
     if finite is not False and scalar is None:
@@ -130,6 +132,7 @@ def _linearised(
     model: Any, x: Tensor, layer: int, scalar: Scalar, prefix: str, need: dict[str, Any]
 ) -> tuple[Recurrence, Prompts, Inner]:
     """The recurrence, the scalar, and its gradient at the scan's output, from one run."""
+    gradients_can_be("contributions to a scalar of the output")
     leaves: list[Tensor] = []
 
     def start_graph(region: Tensor, whole: Tensor, name: str) -> Tensor:

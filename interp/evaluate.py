@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -64,7 +63,7 @@ def predictions(
     parts = []
     with torch.no_grad(), _evaluating(model):
         for start in range(0, len(batch), batch_size):
-            part = _fit(batch.take(slice(start, start + batch_size)), model)
+            part = batch.take(slice(start, start + batch_size)).fed(model)
             made = _predict(model, task, part, query_only)
             _check_finite("prediction", made, start, part)
             parts.append(made.detach().cpu())
@@ -114,21 +113,6 @@ def _evaluating(model: Model) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-def _fit(batch: Batch, model: Model) -> Batch:
-    """The batch on the model's device, its tokens in the model's dtype.
-
-    Labels keep theirs: in a half-precision model they would otherwise be rounded like the
-    predictions, and the error would come out too small.
-    """
-    first = next(model.parameters(), None) if isinstance(model, nn.Module) else None
-    if first is None:
-        return batch
-    batch = batch.to(first.device)
-    if not batch.tokens.is_floating_point():
-        return batch
-    return dataclasses.replace(batch, tokens=batch.tokens.to(first.dtype))
 
 
 def _check_finite(what: str, values: Float[Tensor, "batch n_asked *out"], start: int, batch: Batch) -> None:

@@ -26,8 +26,10 @@ from torch import Tensor
 import hooks
 from hooks.edit import Edit, derangement
 from hooks.errors import BadArgument
+from hooks.inputs import readable
 from hooks.point import state_edits
 from hooks.propagate import StateEdit
+from hooks.sites import points
 from interp import stats
 from interp.arguments import one_of, whole_number
 from interp.metric import Metric, one_arithmetic, one_number
@@ -108,10 +110,11 @@ def left(
 
     Raises :class:`BadArgument` where the sources have no effect on their targets to begin with.
     """
+    readable(model, x)
     edits = knock_out(model, pairs, layers, inside)
     size, length = x.shape[0], x.shape[1]
     mask = _Chosen(pairs).mask(size, length).expand(size, -1, -1).to(x.device)
-    swapped = x[derangement(size, seed)] if other is None else other
+    swapped = x[derangement(size, seed)] if other is None else readable(model, other, "other")
     if swapped.shape != x.shape:
         raise BadArgument(f"other prompts {tuple(swapped.shape)}, these {tuple(x.shape)}: give one shape")
     remaining, whole = (torch.zeros(size, dtype=torch.float64, device=x.device) for _ in range(2))
@@ -344,7 +347,7 @@ class _Chosen:
         last = max(target for _, target in self.given)
         if last >= length:
             raise BadArgument(f"there is no position {last}: the run has {length} tokens")
-        mask = torch.zeros(1, length, length, dtype=torch.bool)
+        mask = torch.zeros(1, length, length, dtype=torch.bool, device="cpu")
         mask[0, [s for s, _ in self.given], [t for _, t in self.given]] = True
         return mask
 
@@ -357,20 +360,21 @@ def _refuse_backward(mask: Tensor) -> None:
 
 
 def _which(given: Any, length: int, what: str) -> Bool[Tensor, "prompts pos"]:
-    values = torch.as_tensor(given)
+    values = torch.as_tensor(given, device="cpu")
     if values.dtype == torch.bool:
         if values.ndim > 2 or values.shape[-1] != length:
             raise BadArgument(
                 f"a mask of {what}s is (pos,) or (batch, pos) with pos {length}, not {tuple(values.shape)}"
             )
         return values.reshape(-1, length)
-    chosen = torch.zeros(1, length, dtype=torch.bool)
+    chosen = torch.zeros(1, length, dtype=torch.bool, device="cpu")
     for position in values.reshape(-1).tolist():
         chosen[0, whole_number(what, position, -length, length - 1)] = True
     return chosen
 
 
 def _layers(model: Any, layers: int | Sequence[int] | None) -> list[int]:
+    points(model)
     count = len(model.blocks)
     asked = range(count) if layers is None else [layers] if isinstance(layers, int) else layers
     return [whole_number("layer", layer, 0, count - 1) for layer in asked]

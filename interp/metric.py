@@ -13,6 +13,7 @@ from torch import Tensor
 
 import hooks
 from hooks.errors import BadArgument
+from hooks.sites import points
 from interp import stats
 
 Metric = Callable[[Tensor], Tensor]
@@ -59,7 +60,7 @@ def recovery(
 
 def _doubles(values: stats.Values) -> NDArray[np.float64]:
     if isinstance(values, Tensor):
-        values = values.detach().cpu().numpy()
+        values = values.detach().cpu().double().numpy()
     return np.asarray(values, dtype=np.float64)
 
 
@@ -74,7 +75,7 @@ def one_arithmetic(model: Any) -> Iterator[None]:
 
     A fused run and a materialised one differ by rounding, so a comparison of the two would see an effect of nothing.
     """
-    scan_sites = [name for name, point in model.hook_dict.items() if hasattr(point, "exposed")]
+    scan_sites = [name for name, point in points(model).items() if hasattr(point, "exposed")]
     if not any(kind(name) in ("hook_decay", "hook_write", "hook_state") for name in scan_sites):
         yield
         return

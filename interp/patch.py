@@ -24,6 +24,7 @@ from torch import Tensor
 
 import hooks
 from hooks.errors import BadArgument
+from hooks.inputs import readable
 from hooks.sites import Pattern, kind_of
 from interp import stats
 from interp.knockout import between, knock_out, left
@@ -134,6 +135,8 @@ def patched(
     Raises :class:`UnknownSite`, :class:`TooLarge` where the clean run's sites do not fit in memory, and
     :class:`BadArgument` for prompts of two shapes or a position that there is not.
     """
+    readable(model, clean, "clean", model_kwargs)
+    readable(model, corrupted, "corrupted", model_kwargs)
     if clean.shape != corrupted.shape:
         raise BadArgument(
             f"clean prompts {tuple(clean.shape)}, corrupted ones {tuple(corrupted.shape)}: give one shape"

@@ -33,6 +33,7 @@ import hooks
 from hooks.edit import Edit, Index
 from hooks.errors import BadArgument
 from hooks.point import state_edits, watched
+from hooks.sites import points
 
 Inner = Float[Tensor, "batch pos d_inner"]
 States = Float[Tensor, "batch pos d_inner n"]
@@ -246,17 +247,18 @@ def mixer_of(model: Any, layer: int, kinds: Sequence[str]) -> tuple[str, Any]:
     """``("blocks.{layer}.mixer.", the mixer)``; raises :class:`BadArgument` that names the sites that it lacks, of
     those that every recurrence needs and of ``kinds``.
     """
+    names = points(model)
     count = len(model.blocks)
     if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < count:
         raise BadArgument(f"there is no layer {layer!r}: the model has layers 0 to {count - 1}")
     prefix = f"blocks.{layer}.mixer."
-    needed = [FACTORS if kind == "hook_decay" and prefix + FACTORS in model.hook_dict else kind for kind in NEEDED]
-    missing = [kind for kind in (*needed, *kinds) if prefix + kind not in model.hook_dict]
+    needed = [FACTORS if kind == "hook_decay" and prefix + FACTORS in names else kind for kind in NEEDED]
+    missing = [kind for kind in (*needed, *kinds) if prefix + kind not in names]
     mixer = getattr(model.blocks[layer], "mixer", None)
     if not missing and not hasattr(mixer, "read"):
         missing = ["hook_C (nor a read-out of its own)"]
     if missing:
-        have = [name.removeprefix(prefix) for name in model.hook_dict if name.startswith(prefix + "hook_")]
+        have = [name.removeprefix(prefix) for name in names if name.startswith(prefix + "hook_")]
         what = f"has {', '.join(have)}" if have else "has no recurrence"
         name = getattr(model, "architecture", type(model).__name__)
         raise BadArgument(
@@ -267,7 +269,7 @@ def mixer_of(model: Any, layer: int, kinds: Sequence[str]) -> tuple[str, Any]:
 
 def picked(what: str, chosen: Index, size: int) -> Int[Tensor, "some"]:
     """``chosen`` (integers, a slice, a mask, None for all) as positions in ``size``; raises :class:`BadArgument`."""
-    places = torch.arange(size)
+    places = torch.arange(size, device="cpu")
     try:
         found = places if chosen is None else places[chosen].reshape(-1)
     except (IndexError, TypeError) as error:

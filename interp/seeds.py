@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from hooks.errors import BadArgument
 
@@ -47,3 +49,28 @@ def generator(purpose: str, seed: int, *index: int) -> torch.Generator:
     ``generator("train", seed, step)`` makes step ``step`` repeatable without replaying the others.
     """
     return torch.Generator().manual_seed(number(purpose, seed, *index))
+
+
+def normal(shape: Sequence[int], generator: torch.Generator, dtype: torch.dtype = torch.float32) -> Tensor:
+    """N(0, 1) numbers on the generator's device: neither torch's default dtype nor its default device changes them."""
+    return torch.randn(tuple(shape), generator=generator, dtype=dtype, device=generator.device)
+
+
+def uniform(shape: Sequence[int], generator: torch.Generator, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Numbers in [0, 1) on the generator's device, as :func:`normal`."""
+    return torch.rand(tuple(shape), generator=generator, dtype=dtype, device=generator.device)
+
+
+def integers(low: int, high: int, shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Whole numbers low … high − 1 on the generator's device."""
+    return torch.randint(low, high, tuple(shape), generator=generator, device=generator.device)
+
+
+def signs(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """−1 or 1 by a fair coin, in fp32 on the generator's device."""
+    return 2.0 * integers(0, 2, shape, generator).to(torch.float32) - 1
+
+
+def order(size: int, generator: torch.Generator) -> Tensor:
+    """0 … size − 1 in a random order, on the generator's device."""
+    return torch.randperm(size, generator=generator, device=generator.device)

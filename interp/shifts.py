@@ -28,6 +28,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooks.errors import BadArgument
+from interp import seeds
 from interp.arguments import between, chosen, whole_number
 from interp.tasks import inputs
 from interp.tasks.base import Batch, Model, Task, at_the_query
@@ -152,7 +153,7 @@ def random_quadrants() -> Shift:
     """The context lies in one quadrant: a coordinate has one random sign in every x of a prompt but the query's."""
 
     def quadrant(x: X, generator: torch.Generator) -> tuple[X, dict[str, Tensor]]:
-        signs = 2.0 * torch.randint(2, (len(x), 1, x.shape[-1]), generator=generator) - 1
+        signs = seeds.signs((len(x), 1, x.shape[-1]), generator)
         return torch.cat([x[:, :-1].abs() * signs, x[:, -1:]], dim=1), {}
 
     why = "a tree splits at 0, so that a context in one quadrant falls into one leaf and says nothing of the others"
@@ -171,8 +172,9 @@ def overlapping_query() -> Shift:
     """The query is one of the earlier x, each as probable; ``truth`` has its number as "overlaps". Only for k ≥ 1."""
 
     def repeat(x: X, generator: torch.Generator) -> tuple[X, dict[str, Tensor]]:
-        earlier = torch.randint(x.shape[1] - 1, (len(x),), generator=generator)
-        return torch.cat([x[:, :-1], x[torch.arange(len(x)), earlier][:, None]], dim=1), {"overlaps": earlier}
+        earlier = seeds.integers(0, x.shape[1] - 1, (len(x),), generator)
+        prompt = torch.arange(len(x), device=x.device)
+        return torch.cat([x[:, :-1], x[prompt, earlier][:, None]], dim=1), {"overlaps": earlier}
 
     return Shift(query=repeat, least_pairs=2)
 
@@ -327,7 +329,7 @@ class Shifted:
                 x, drawn = shift.query(x, generator)
                 truth |= drawn
         if any(shift.noisy for shift in self.shifts):
-            truth["label_noise"] = torch.randn(x.shape[:2], generator=generator)
+            truth["label_noise"] = seeds.normal(x.shape[:2], generator)
         return self._prompts(x, truth)
 
     def corrupt(self, batch: Batch, generator: torch.Generator) -> Batch:

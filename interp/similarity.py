@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hooks.errors import BadArgument, NonFinite
+from interp import seeds
 from interp.arguments import one_of, whole_number
 
 Rows = Float[Tensor, "n width"]
@@ -119,7 +120,7 @@ def compare(
     a, b = _stack([prepare(x) for x in left]), _stack([prepare(y) for y in right])
     found = score(a, b)
     generator = torch.Generator().manual_seed(seed)
-    draws = torch.stack([score(a, permuted(b, torch.randperm(n, generator=generator))) for _ in range(n_perm)])
+    draws = torch.stack([score(a, permuted(b, seeds.order(n, generator))) for _ in range(n_perm)])
     # A distance is more alike where it is smaller.
     sign = -1.0 if measure == "procrustes" else 1.0
     alike, chance = sign * found, sign * draws
@@ -205,14 +206,14 @@ def _method(
 def _above(x: Tensor) -> Float[Tensor, "pairs"]:
     """The debiased Gram matrix above its diagonal, which is 0: half of it is all of it."""
     gram = _gram(x)
-    i, j = torch.triu_indices(len(x), len(x), 1)
+    i, j = torch.triu_indices(len(x), len(x), 1, device=x.device)
     return gram[i, j]
 
 
 def _reordered(halves: Float[Tensor, "y pairs"], order: Int[Tensor, "n"]) -> Float[Tensor, "y pairs"]:
     """:func:`_above` of the same rows in this order: entry (i, j) is that of (order[i], order[j])."""
     n = len(order)
-    i, j = order[torch.triu_indices(n, n, 1)]
+    i, j = order[torch.triu_indices(n, n, 1, device=order.device)]
     low, high = torch.minimum(i, j), torch.maximum(i, j)
     return halves[:, low * (2 * n - low - 1) // 2 + high - low - 1]
 

@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooks.errors import BadArgument
+from hooks.inputs import readable
 from interp.arguments import one_of, whole_number
 from interp.metric import Metric, one_number, recovery
 
@@ -32,6 +33,8 @@ class Swap:
     """
 
     def __init__(self, model: Any, first: Tensor, second: Tensor, at: int) -> None:
+        readable(model, first, "first")
+        readable(model, second, "second")
         if first.shape[0] != second.shape[0]:
             raise BadArgument(
                 f"{first.shape[0]} first prompts and {second.shape[0]} second ones: they are swapped in pairs"

@@ -65,7 +65,7 @@ def shares(
 
     rng = np.random.default_rng(seed)
     weights = torch.from_numpy(rng.multinomial(n, np.full(n, 1 / n), size=n_boot) / n)
-    whole = torch.full((1, n), 1 / n, dtype=torch.float64)
+    whole = rows.new_full((1, n), 1 / n)
     estimate = _levels((whole @ rows).reshape(1, *shape), whole @ square, groups)
     noise = _sampling_variance(rows.reshape(n, *shape), groups)
     estimate[0, :4] -= noise.diff()
@@ -81,7 +81,7 @@ def shares(
 
 def _centred(estimate: Float[Tensor, "1 level"], draws: Float[Tensor, "draw level"]) -> tuple[np.ndarray, np.ndarray]:
     """The estimate, and the 2.5 % and 97.5 % points of the draws shifted so that their mean is the estimate."""
-    ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
+    ends = estimate.new_tensor([0.025, 0.975])
     spread = draws - draws.mean(0) + estimate
     return estimate[0].numpy(), spread.quantile(ends, dim=0).numpy()
 

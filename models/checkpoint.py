@@ -88,7 +88,8 @@ def load_file(path: str | os.PathLike[str]) -> Any:
 
     tensors, header = read(path)
     try:
-        with torch.random.fork_rng(devices=[]):
+        # On the CPU, as the file's tensors are, whatever torch's default device is.
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             model = build(header.architecture, **header.config)
     except BadArgument as error:
         raise CheckpointError(f"{_shown(path)} cannot be built: {error}") from error

@@ -155,7 +155,7 @@ class MambaMixer(nn.Module):
         self.hook_delta_pre, self.hook_delta = site("hook_delta_pre"), site("hook_delta")
         self.hook_delta_decay, self.hook_delta_write = site("hook_delta_decay"), site("hook_delta_write")
         self.hook_B, self.hook_C = site("hook_B"), site("hook_C")
-        self.A_log = nn.Parameter(torch.arange(1, n + 1, dtype=torch.float32).log().repeat(width, 1))
+        self.A_log = nn.Parameter(torch.arange(1, n + 1, dtype=torch.get_default_dtype()).log().repeat(width, 1))
         self.D = nn.Parameter(torch.ones(width))
         self.hook_state_init = site("hook_state_init")
         self.hook_decay, self.hook_write, self.hook_state = site("hook_decay"), site("hook_write"), site("hook_state")

@@ -100,10 +100,12 @@ class S4DMixer(nn.Module):
         self.hook_delta_write = site("hook_delta_write")
         # S4D-Lin: A_n = −1/2 + i π n, the same for every channel.
         self.log_A_real = nn.Parameter(torch.full((width, n), 0.5).log())
-        self.A_imag = nn.Parameter(math.pi * torch.arange(n).float().repeat(width, 1))
+        self.A_imag = nn.Parameter(math.pi * torch.arange(n, dtype=torch.get_default_dtype()).repeat(width, 1))
         # Real and imaginary part on the last axis, as in the published state dict: optimizers
         # then see real numbers.
-        self.C = nn.Parameter(torch.view_as_real(torch.randn(width, n, dtype=torch.complex64)).contiguous())
+        self.C = nn.Parameter(
+            torch.view_as_real(torch.randn(width, n, dtype=self.log_dt.dtype.to_complex())).contiguous()
+        )
         self.D = nn.Parameter(torch.randn(width))
         self.hook_state_init = site("hook_state_init", parts=2)
         self.hook_decay, self.hook_write = site("hook_decay", parts=2), site("hook_write", parts=2)

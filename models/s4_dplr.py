@@ -67,13 +67,15 @@ class S4Mixer(nn.Module):
         self.hook_delta_decay = site("hook_delta_decay")
         self.hook_delta_write = site("hook_delta_write")
         start = dplr.legs(n)
-        self.log_A_real = nn.Parameter((-start.diagonal.real).log().float().repeat(width, 1))
-        self.A_imag = nn.Parameter(start.diagonal.imag.float().repeat(width, 1))
+        self.log_A_real = nn.Parameter((-start.diagonal.real).log().to(self.log_dt).repeat(width, 1))
+        self.A_imag = nn.Parameter(start.diagonal.imag.to(self.log_dt).repeat(width, 1))
         # Complex weights have real and imaginary part on the last axis, as in S4D. P is called so that training, which
         # decays B and C, leaves it alone like the rest of A.
-        self.A_low_rank = nn.Parameter(_as_weight(start.low_rank, width))
-        self.B = nn.Parameter(_as_weight(start.B, width))
-        self.C = nn.Parameter(torch.view_as_real(torch.randn(width, n, dtype=torch.complex64)).contiguous())
+        self.A_low_rank = nn.Parameter(_as_weight(start.low_rank, width, self.log_dt))
+        self.B = nn.Parameter(_as_weight(start.B, width, self.log_dt))
+        self.C = nn.Parameter(
+            torch.view_as_real(torch.randn(width, n, dtype=self.log_dt.dtype.to_complex())).contiguous()
+        )
         self.D = nn.Parameter(torch.randn(width))
         self.hook_state_init = site("hook_state_init", parts=2)
         self.hook_transition, self.hook_write = site("hook_transition", parts=2), site("hook_write", parts=2)
@@ -196,8 +198,8 @@ def _run(factors: Tensor, write: Tensor, h0: Tensor | None, guarded: bool) -> Te
     return torch.stack(states, dim=1)
 
 
-def _as_weight(values: Tensor, width: int) -> Float[Tensor, "d_inner d_state re_im"]:
-    return torch.view_as_real(values.to(torch.complex64).repeat(width, 1)).contiguous()
+def _as_weight(values: Tensor, width: int, like: Tensor) -> Float[Tensor, "d_inner d_state re_im"]:
+    return torch.view_as_real(values.repeat(width, 1)).to(like).contiguous()
 
 
 def _as_complex(weight: Tensor, dtype: torch.dtype) -> Weights:

@@ -14,8 +14,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hooks import inputs
 from hooks.compiled import never_compiled
-from hooks.errors import BadArgument
+from hooks.errors import BadArgument, told
 from hooks.finite import check_input, check_output, check_weights
 from hooks.point import HookedModule, emit, site
 from models.heads import ReadOut, read_in
@@ -141,15 +142,15 @@ class Root(HookedModule):
         ``start_at_layer=k``: ``x`` is that residual stream, (batch, pos, d_model). Both count from the end where
         negative, as in TransformerLens.
 
-        Raises :class:`BadArgument` for an input or a state of another shape, :class:`NonFinite` for NaN or inf, with
-        the place where it first appears.
+        Raises :class:`BadArgument` for an input or a state of another shape, dtype or device, :class:`NonFinite` for
+        NaN or inf, with the place where it first appears.
         """
         self.runs += 1
         self.last_stop = stop_at_layer
         start, stop = self._layer(start_at_layer, "start_at_layer"), self._layer(stop_at_layer, "stop_at_layer")
         if start is not None and stop is not None and start > stop:
             raise BadArgument(f"start_at_layer={start_at_layer} is after stop_at_layer={stop_at_layer}")
-        self._check(x, state, start)
+        self.check_input(x, state, start)
         check_input(x)
         check_weights(self)
         output, new_state = self._run(x, state, return_state, start, stop)
@@ -171,15 +172,41 @@ class Root(HookedModule):
             return count + layer
         raise BadArgument(f"{what}={layer}: the model has {count} layers")
 
-    def _check(self, x: Tensor, state: State | None, start: int | None) -> None:
+    def check_input(self, x: Any, state: Any = None, start: int | None = None, what: str = "the input") -> None:
+        """Nothing, if the model can read ``x`` and go on from ``state``; else :class:`BadArgument`.
+
+        ``start`` is the block that ``x`` goes into, None for a prompt. A tensor of another dtype is refused and not
+        converted: rounding somebody's numbers is theirs to ask for (``hooks/inputs.py``).
+        """
         expected = self.embed.expects if start is None else self.cfg.d_model
+        weight = inputs.first_weight(self.embed if start is None else self)
+        weight = inputs.first_weight(self) if weight is None else weight
+        inputs.tensor(x, None if expected is None else weight, what)
         if x.ndim != (2 if expected is None else 3) or (expected is not None and x.shape[-1] != expected):
             want = "integers (batch, pos)" if expected is None else f"(batch, pos, {expected})"
-            raise BadArgument(f"the model takes {want}, the input has shape {tuple(x.shape)}")
+            alone = x.ndim == 1 if expected is None else x.ndim == 2 and x.shape[-1] == expected
+            hint = ": one prompt is x[None]" if alone else ""
+            raise BadArgument(f"the model takes {want}, {what} has shape {tuple(x.shape)}{hint}")
         if x.shape[0] == 0 or x.shape[1] == 0:
-            raise BadArgument(f"the input has shape {tuple(x.shape)}: give at least one prompt of one token")
-        if state is not None and len(state) != self.cfg.n_layers:
+            raise BadArgument(f"{what} has shape {tuple(x.shape)}: give at least one prompt of one token")
+        if weight is not None:
+            (inputs.tokens if expected is None else inputs.same_kind)(x, weight, what)
+        if state is None:
+            return
+        if not isinstance(state, Sequence) or not all(hasattr(layer, "h") for layer in state):
+            raise BadArgument(f"the state is {told(state)}: give what return_state=True returned, one part a layer")
+        if len(state) != self.cfg.n_layers:
             raise BadArgument(f"the state has {len(state)} layers, the model has {self.cfg.n_layers}")
+
+    def _one_token(self, token: Any) -> Tensor:
+        """``token`` as prompts of one token; :class:`BadArgument` where it is not one token a prompt."""
+        width = self.embed.expects
+        inputs.tensor(token, inputs.first_weight(self), "the token")
+        if token.ndim != (1 if width is None else 2):
+            want = "integers (batch,)" if width is None else f"(batch, {width})"
+            raise BadArgument(f"step takes one token of each prompt, {want}; this one has shape {tuple(token.shape)}")
+        prompts: Tensor = token[:, None]
+        return prompts
 
 
 class Stack(Root):
@@ -194,7 +221,7 @@ class Stack(Root):
 
     def step(self, token: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """``(prediction (batch, d_out), state)`` of one more token: (batch, d_in), or integers (batch,)."""
-        out, state = self(token[:, None], state=state, return_state=True)
+        out, state = self(self._one_token(token), state=state, return_state=True)
         return out[:, 0], state
 
     def axis_sizes(self) -> dict[str, int]:

@@ -225,7 +225,7 @@ class Theory(Root):
         for name, value in weights.items():
             if name not in own:
                 raise BadArgument(f'this theory model has no weight "{name}" (there is: {", ".join(own)})')
-            given = torch.as_tensor(value)
+            given = torch.as_tensor(value, device=own[name].device)
             try:
                 fits = torch.broadcast_shapes(given.shape, own[name].shape) == own[name].shape
             except RuntimeError:
@@ -233,12 +233,12 @@ class Theory(Root):
             if not fits:
                 raise BadArgument(f"{name} has shape {tuple(own[name].shape)}, not {tuple(given.shape)}")
         for name, value in weights.items():
-            own[name].copy_(torch.as_tensor(value).to(own[name]))
+            own[name].copy_(torch.as_tensor(value, dtype=own[name].dtype, device=own[name].device))
         return self
 
     def step(self, token: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """``(prediction (batch, 1), state)`` of one more token (batch, d_in)."""
-        out, state = self(token[:, None], state=state, return_state=True)
+        out, state = self(self._one_token(token), state=state, return_state=True)
         return out[:, 0], state
 
     def axis_sizes(self) -> dict[str, int]:

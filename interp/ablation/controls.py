@@ -13,6 +13,7 @@ from torch import Tensor
 
 import hooks
 from hooks.errors import BadArgument
+from hooks.inputs import fed
 from interp import seeds
 from interp.ablation.effects import Ablation, Cell, edits
 from interp.knockout import CutTaps, through_taps
@@ -60,7 +61,7 @@ def tap_share(runs: Ablation, kind: str) -> Interval:
     The interval is over prompts.
     """
     at = runs.reference.of_kind(kind)
-    tokens = runs.batch.tokens.to(next(runs.model.parameters()))
+    tokens = fed(runs.model, runs.batch.tokens)
     with hooks.edit(runs.model, edits(Cell(f"freeze:{kind}"), runs.model, runs.reference)):
         record = hooks.record(runs.model, tokens, "*.hook_x_in")
     parts, both = [], []
@@ -70,7 +71,7 @@ def tap_share(runs: Ablation, kind: str) -> Interval:
         others = torch.ones(length, dtype=torch.bool, device=x_in.device)
         others[at] = False
         mask = _reached(at, length, own=False)
-        rest = _reached(torch.arange(length), length, own=True) & ~mask
+        rest = _reached(torch.arange(length, device="cpu"), length, own=True) & ~mask
         part, other = (
             through_taps(x_in, weight, pairs.to(x_in.device))[:, others].square().sum((1, 2)) for pairs in (mask, rest)
         )
@@ -82,7 +83,7 @@ def tap_share(runs: Ablation, kind: str) -> Interval:
 
 def _reached(at: Tensor, length: int, *, own: bool) -> Bool[Tensor, "1 source target"]:
     """The pairs of the tokens ``at`` with every later one, and with ``own`` with themselves."""
-    mask = torch.zeros(1, length, length, dtype=torch.bool)
+    mask = torch.zeros(1, length, length, dtype=torch.bool, device="cpu")
     mask[:, at] = True
     return mask.triu(diagonal=0 if own else 1)
 
@@ -113,7 +114,7 @@ class _Noise:
         self.generator = seeds.generator("noise", seed, layer)
 
     def __call__(self, delta: Tensor) -> Tensor:
-        draw = torch.randn(delta.shape, generator=self.generator).to(delta)
+        draw = seeds.normal(delta.shape, self.generator).to(delta)
         return delta * (draw * self.spread).exp()
 
 
@@ -132,7 +133,7 @@ def channel_sets(runs: Ablation, share: float, seed: int, draws: int = 5) -> dic
     generator = seeds.generator("channels", seed)
     picks = {"most content": [row.topk(count).indices for row in content]}
     for draw in range(draws):
-        picks[f"random {draw + 1}"] = [torch.randperm(len(row), generator=generator)[:count] for row in content]
+        picks[f"random {draw + 1}"] = [seeds.order(len(row), generator)[:count] for row in content]
     return {
         which: {
             name: hooks.set_to(runs.reference.mean("mean", name)[..., chosen], channels=chosen)

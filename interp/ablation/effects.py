@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 import hooks
 from hooks.errors import BadArgument, unknown
+from hooks.inputs import fed
 from interp.evaluate import errors
 from interp.tasks.base import Batch, Task
 from interp.workers import at_once, side_by_side
@@ -132,7 +133,7 @@ class Reference:
         if not has(model, "delta"):
             raise BadArgument("the model has no hook_delta: there is no time step to replace")
         self.kinds, self.kind_names = batch.kinds.cpu(), tuple(kind_names)
-        self.record = hooks.record(model, batch.tokens.to(next(model.parameters())), wanted)
+        self.record = hooks.record(model, fed(model, batch.tokens), wanted)
         self._means: dict[str, dict[str, Tensor]] = {mode: {} for mode in MEANS}
         for name, value in self.record.items():
             for mode, over in MEANS.items():
@@ -205,7 +206,7 @@ class Ablation:
         # Chunks as equal as can be: one prompt alone has no other whose value it could take.
         self.chunk = chunk = -(-len(batch) // -(-len(batch) // chunk))
         self.clean = errors(model, task, batch=batch, batch_size=chunk)
-        self._before = hooks.record(model, batch.tokens.to(next(model.parameters())), "blocks.*.hook_resid_pre")
+        self._before = hooks.record(model, fed(model, batch.tokens), "blocks.*.hook_resid_pre")
 
     def run(self, cell: Cell, seed: int = 0) -> Float[Tensor, "n n_pairs"]:
         """Errors under one cell."""

@@ -206,7 +206,7 @@ def other_labels(task: Task, batch: Batch, k: int) -> Batch:
     if batch.read.shape[-1] == 1 and batch.targets.shape[1] > 1:
         tokens[:, k:-1, -1] = other[:, k:-1, -1]  # one token a pair, its label last; the query has none
     else:
-        later = torch.arange(tokens.shape[1]) > batch.read[..., k : k + 1].expand(len(batch), 1)
+        later = torch.arange(tokens.shape[1], device=tokens.device) > batch.read[..., k : k + 1].expand(len(batch), 1)
         tokens[later] = other[later]
     return dataclasses.replace(batch, tokens=tokens, y=y, targets=targets)
 

@@ -45,6 +45,6 @@ def only(ks: Sequence[int] | None, n_pairs: int) -> list[int]:
 
 def blank(pairs: Pairs, ks: Sequence[int]) -> Float[Tensor, "batch n_pairs"]:
     """Predictions to fill in, in fp64: NaN at every k that was not asked, and 0 elsewhere."""
-    found = torch.full(pairs.y.shape, torch.nan, dtype=torch.float64)
+    found = torch.full(pairs.y.shape, torch.nan, dtype=torch.float64, device="cpu")
     found[:, list(ks)] = 0
     return found

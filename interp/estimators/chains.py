@@ -47,7 +47,7 @@ def forgetting(
     def estimate(batch: Any) -> Float[Tensor, "batch n_pairs vocabulary"]:
         y = _symbols(batch.y, n_symbols)
         context, whole = contexts(y, n_symbols, order)
-        prompt = torch.arange(len(y))
+        prompt = torch.arange(len(y), device=y.device)
         # A context that is not whole reads row 0; it is replaced by nothing counted.
         rows = [table[prompt, context[:, k]] for k, table in enumerate(tables(y, n_symbols, order, keep))]
         counts = torch.stack(rows, dim=1) * whole[..., None] + beta

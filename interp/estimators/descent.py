@@ -39,7 +39,7 @@ def online_gd(rate: float, forgetting: float = 1.0, form: str = "residual") -> E
 
 def _tried(predict: Estimator) -> Estimator:
     """``predict``, after it has answered one small prompt: an option that does not work is refused here."""
-    predict(_Small(torch.ones(1, 2, 1), torch.ones(1, 2)))
+    predict(_Small(torch.ones(1, 2, 1, device="cpu"), torch.ones(1, 2, device="cpu")))
     return predict
 
 

@@ -53,7 +53,7 @@ class Spectrum:
     def of(x: X, y: Y) -> Spectrum:
         """The spectrum for every prompt and k, in fp64 on the CPU; all zero at k = 0."""
         inputs, labels = x.detach().cpu().double(), y.detach().double().cpu()
-        count = torch.arange(x.shape[1], dtype=inputs.dtype).clamp(min=1)
+        count = torch.arange(x.shape[1], dtype=inputs.dtype, device=inputs.device).clamp(min=1)
         covariance = sums_before(einsum(inputs, inputs, "b k i, b k j -> b k i j")) / count[:, None, None]
         moment = sums_before(labels[..., None] * inputs) / count[:, None]
         values, vectors = torch.linalg.eigh(covariance)
@@ -159,7 +159,7 @@ def online_gd_path(x: X, y: Y, settings: Sequence[tuple[float, float]], form: st
         if not 0 < forgetting <= 1:
             raise BadArgument(f"forgetting={forgetting!r} does not work; give a number in (0, 1]; 1 forgets nothing")
     inputs, labels = x.detach().cpu().double(), y.detach().double().cpu()
-    rates, keep = torch.tensor(settings, dtype=inputs.dtype).reshape(-1, 2).T[:, :, None]
+    rates, keep = torch.tensor(settings, dtype=inputs.dtype, device=inputs.device).reshape(-1, 2).T[:, :, None]
     w = inputs.new_zeros(len(settings), len(inputs), inputs.shape[-1])
     path = []
     for k in range(inputs.shape[1]):

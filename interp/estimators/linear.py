@@ -78,7 +78,7 @@ def ridge_weights(
     """(Σ_{i<k} x_i x_iᵀ + alpha I)⁻¹ Σ_{i<k} y_i x_i for every k."""
     inputs, labels = x.double().cpu(), y.double().cpu()
     weights = torch.zeros_like(inputs)
-    penalised = alpha * torch.eye(x.shape[-1], dtype=inputs.dtype).repeat(len(x), 1, 1)
+    penalised = alpha * torch.eye(x.shape[-1], dtype=inputs.dtype, device=inputs.device).repeat(len(x), 1, 1)
     xty = torch.zeros_like(inputs[:, 0])
     # One k at a time: all of them at once hold n_pairs matrices for each prompt.
     for k in range(1, inputs.shape[1]):
@@ -95,7 +95,7 @@ def averaging_weights(
 ) -> Float[Tensor, "batch n_pairs d"]:
     """(1/k) Σ_{i<k} y_i x_i for every k; 0 at k = 0."""
     xty = sums_before(y.double().cpu()[..., None] * x.double().cpu())
-    count = torch.arange(xty.shape[1], dtype=xty.dtype).clamp(min=1)
+    count = torch.arange(xty.shape[1], dtype=xty.dtype, device=xty.device).clamp(min=1)
     return (xty / count[:, None]).to(y)
 
 

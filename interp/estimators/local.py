@@ -71,7 +71,7 @@ def _regress(
     The leading k rows of L are the factor L_k of the first k pairs, and row k begins with L_k⁻¹ κ_k. So with
     z = L⁻¹ y, whose entry i depends on y_0 … y_i only, the prediction of example k is Σ_{i<k} L_ki z_i.
     """
-    penalised = similarity + alpha * torch.eye(y.shape[1], dtype=y.dtype)
+    penalised = similarity + alpha * torch.eye(y.shape[1], dtype=y.dtype, device=y.device)
     factor, failed = torch.linalg.cholesky_ex(penalised)
     if failed.any():
         raise BadArgument(f"alpha={alpha!r} does not work: K + alpha I is singular in fp64; give a larger alpha")
@@ -107,7 +107,7 @@ def _nearest(pairs: Pairs, neighbours: int, weights: str) -> Tensor:
     """Mean label of the nearest earlier inputs, (batch, n_pairs)."""
     x, y = exact(pairs)
     n_pairs = y.shape[1]
-    later = torch.ones(n_pairs, n_pairs, dtype=torch.bool).triu()
+    later = torch.ones(n_pairs, n_pairs, dtype=torch.bool, device=y.device).triu()
     distance = _distances(x).masked_fill(later, torch.inf)
     nearest, index = distance.topk(min(neighbours, n_pairs), dim=-1, largest=False)
     weight = nearest.isfinite().double()

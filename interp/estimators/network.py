@@ -71,9 +71,7 @@ def _draw(n: int, d: int, hidden: int, seed: int) -> list[Tensor]:
     """W, b, v, c of ``n`` networks."""
     generator = seeds.generator("mlp", seed)
     shapes = (((n, hidden, d), d), ((n, hidden), d), ((n, hidden), hidden), ((n, 1), hidden))
-    return [
-        (2 * torch.rand(shape, generator=generator, dtype=torch.float64) - 1) / fan_in**0.5 for shape, fan_in in shapes
-    ]
+    return [(2 * seeds.uniform(shape, generator, torch.float64) - 1) / fan_in**0.5 for shape, fan_in in shapes]
 
 
 def _forward(weights: list[Tensor], x: Float[Tensor, "batch k d"]) -> Float[Tensor, "batch k"]:

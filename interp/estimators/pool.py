@@ -22,7 +22,7 @@ def dmmse(pool: Tensor | Sequence[Sequence[float]], noise: float) -> Estimator:
     w_k = Σ_m p_m w_m with p = softmax(-Σ_{i<k} (y_i - w_m·x_i)² / 2 noise²); ``pool`` is (tasks, d).
     At k = 0 it is the mean of the pool. Source: Raventós et al., arXiv 2306.15063.
     """
-    tasks = torch.as_tensor(pool, dtype=torch.float64).detach().cpu()
+    tasks = torch.as_tensor(pool, dtype=torch.float64, device="cpu").detach()
     if tasks.ndim != 2 or not tasks.numel() or not tasks.isfinite().all():
         raise BadArgument(f"a pool of shape {tuple(tasks.shape)} does not work; give finite task vectors, (tasks, d)")
     positive("noise", noise)

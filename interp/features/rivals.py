@@ -84,10 +84,10 @@ def posterior(task: Any, batch: Batch, seed: int = 0) -> Float[Tensor, "batch n_
     """
     truth = batch.truth["subspace"][0].double().cpu()
     if len(truth) == 2:
-        angle = torch.arange(ANGLES, dtype=torch.float64) * (2 * torch.pi / ANGLES)
+        angle = torch.arange(ANGLES, dtype=torch.float64, device="cpu") * (2 * torch.pi / ANGLES)
         every = torch.stack([angle.cos(), angle.sin()], dim=1)
     else:
-        every = torch.randn(DRAWS, len(truth), generator=seeds.generator("posterior", seed), dtype=torch.float64)
+        every = seeds.normal((DRAWS, len(truth)), seeds.generator("posterior", seed), torch.float64)
         every = every / every.norm(dim=1, keepdim=True)
     tau = max(task.noise.size, 0.05 * task.functions.scale**0.5)
     inside = batch.x.double().cpu() @ truth.T

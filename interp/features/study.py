@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 import hooks
+from hooks.inputs import fed
 from interp import evaluate, probe, seeds
 from interp.features.transform import Transform, Unpaired, even, features, transform, unpaired, writes
 from interp.features.variants import ablated
@@ -152,9 +153,9 @@ def errors(model: Any, task: Any, batch: Batch) -> Float[Tensor, "batch n_pairs"
     """
     if task.layout.tokens != "joint":
         return evaluate.errors(model, task, batch=batch)
-    first, parts = next(model.parameters()), []
+    parts = []
     for start in range(0, len(batch), FORKED):
-        tokens = batch.tokens[start : start + FORKED].to(first)
+        tokens = fed(model, batch.tokens[start : start + FORKED])
         state = _reached(model, tokens[:, :-1]) if tokens.shape[1] > 1 else None
         queries = torch.cat([tokens[..., :-1], torch.zeros_like(tokens[..., :1])], dim=-1).flatten(0, 1)[:, None]
         with torch.no_grad():
@@ -210,8 +211,7 @@ def _probe(values: Float[Tensor, "batch feature"], asked: Plan, shuffles: int) -
 
 def mean_steps(model: Any, asked: Plan) -> hooks.Record:
     """Δ on the prompts whose mean takes its place."""
-    first = next(model.parameters())
-    return hooks.record(model, asked.means.tokens.to(first), "*.hook_delta")
+    return hooks.record(model, fed(model, asked.means.tokens), "*.hook_delta")
 
 
 def _held(model: Any, asked: Plan, ks: Sequence[int]) -> list[Float[Tensor, "batch k d_inner n"]]:

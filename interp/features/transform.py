@@ -33,6 +33,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import hooks
+from hooks.inputs import fed
+from interp import seeds
 from interp.stats import Interval, bootstrap
 from interp.tasks.base import Batch
 from interp.tasks.single_index import NODES, hermite_sum
@@ -62,9 +64,9 @@ class Labels:
 
 def labels(task: Any) -> Labels:
     """The labels of a single-index task; noise of the form "gaussian" by three nodes."""
-    z = torch.arange(-REACH, REACH + SPACING / 2, SPACING, dtype=torch.float64)
+    z = torch.arange(-REACH, REACH + SPACING / 2, SPACING, dtype=torch.float64, device="cpu")
     nodes = {"sign": ([-1.0, 1.0], [0.5, 0.5]), "gaussian": ([-(3**0.5), 0.0, 3**0.5], [1 / 6, 2 / 3, 1 / 6])}
-    noise, chance = (torch.tensor(part, dtype=torch.float64) for part in nodes[task.noise.form])
+    noise, chance = (z.new_tensor(part) for part in nodes[task.noise.form])
     y = task.functions.g(z)[:, None] + task.noise.size * noise
     weight = torch.exp(-z.square() / 2)[:, None] * chance
     return Labels(z.repeat_interleave(len(noise)), y.flatten(), (weight / weight.sum()).flatten())
@@ -86,7 +88,7 @@ class Unpaired:
 def unpaired(task: Any, n: int, generator: torch.Generator) -> Unpaired:
     """Every label of :func:`labels` for each of ``n`` prompts, with one x ~ N(0, I) and its opposite."""
     every = labels(task)
-    half = torch.randn(n, 1, 1, task.d, generator=generator)
+    half = seeds.normal((n, 1, 1, task.d), generator)
     x = torch.cat([half, -half], dim=1).expand(-1, -1, len(every.y), -1)
     y = every.y.to(x).expand(x.shape[:3])
     if task.layout.tokens == "joint":
@@ -126,13 +128,12 @@ class Writes:
 def writes(model: Any, context: Batch, asked: Unpaired, k: int) -> list[Writes]:
     """Each layer's writes of the unpaired tokens, every one alone after the first ``k`` examples of its prompt."""
     n, signs, count, length, _ = asked.tokens.shape
-    first = next(model.parameters())
     state = None
     with torch.no_grad():
         if k:
-            _, state = model(context.tokens[:, : k * length].to(first), return_state=True)
+            _, state = model(fed(model, context.tokens[:, : k * length]), return_state=True)
             state = [type(layer)(*(_repeated(part, signs * count) for part in layer)) for layer in state]
-        tokens = asked.tokens.flatten(0, 2).to(first)
+        tokens = fed(model, asked.tokens.flatten(0, 2))
         found = hooks.record(model, tokens, [f"*.{site}" for site in SITES], state=state)
     columns = [
         [
@@ -174,7 +175,7 @@ def transform(
     moved = _Moved(values, features(asked.inside, order), asked.labels)
     weight, project = asked.labels.weight, asked.labels.projection
     n = len(values)
-    sums, whole = torch.zeros(n, TOP + 1, moved.width, dtype=torch.float64), torch.zeros(n, n, dtype=torch.float64)
+    sums, whole = weight.new_zeros(n, TOP + 1, moved.width), weight.new_zeros(n, n)
     for j, w in enumerate(weight):
         part = moved.at(j)
         whole += w * (part @ part.T)
@@ -222,7 +223,7 @@ def exact(task: Any, label: Callable[[Tensor], Tensor]) -> Float[np.ndarray, "de
     nodes, weights = (torch.from_numpy(part) for part in np.polynomial.hermite_e.hermegauss(NODES))
     weights = weights / weights.sum()
     if task.noise.form == "sign":
-        noise, chance = torch.tensor([-1.0, 1.0], dtype=torch.float64), torch.tensor([0.5, 0.5], dtype=torch.float64)
+        noise, chance = nodes.new_tensor([-1.0, 1.0]), nodes.new_tensor([0.5, 0.5])
     else:
         noise, chance = nodes, weights
     t = label(task.functions.g(nodes)[:, None] + task.noise.size * noise)
@@ -234,7 +235,7 @@ def exact(task: Any, label: Callable[[Tensor], Tensor]) -> Float[np.ndarray, "de
 
 def even(task: Any) -> bool:
     """Whether the link is even, so that the sign of β cannot be found and degree 2 is the lowest that says anything."""
-    z = torch.linspace(0.1, 3.0, 30, dtype=torch.float64)
+    z = torch.linspace(0.1, 3.0, 30, dtype=torch.float64, device="cpu")
     g = task.functions.g
     return bool(torch.allclose(g(z), g(-z), rtol=1e-9, atol=1e-9))
 

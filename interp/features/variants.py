@@ -87,7 +87,7 @@ class _Kept:
     """What passed one site, for a later one of the same run."""
 
     def __init__(self, bias: Float[Tensor, "d_inner"] | None) -> None:
-        self.bias, self.value = bias, torch.empty(0)
+        self.bias, self.value = bias, torch.empty(0, device="cpu")
 
     def keep(self, value: Tensor) -> Tensor:
         self.value = value

@@ -88,6 +88,7 @@ def forks(model: Any, batch: Batch, k: int, chunk: int = 2048) -> Forks:
     model without residual sites.
     """
     whole_number("k", k, 0, batch.targets.shape[1] - 1)
+    batch = batch.fed(model)
     context, queries = context_tokens(batch, k), query_tokens(batch)[:, k:]
     count = queries.shape[1]
     step = max(1, chunk // count)
@@ -109,10 +110,12 @@ def along(model: Any, batch: Batch, chunk: int = 256) -> Residuals:
     """
     parts = []
     for start in range(0, len(batch), chunk):
-        some = batch.take(slice(start, start + chunk))
+        some = batch.take(slice(start, start + chunk)).fed(model)
         if not joint(some):
             stacked = _stacked(hooks.record(model, some.tokens, RESIDUALS))
-            parts.append(stacked[:, torch.arange(len(some))[:, None], some.read.expand(len(some), -1)])
+            parts.append(
+                stacked[:, torch.arange(len(some), device=stacked.device)[:, None], some.read.expand(len(some), -1)]
+            )
             continue
         queries, count = query_tokens(some), some.targets.shape[1]
         each, state = [], None
@@ -130,8 +133,9 @@ def along(model: Any, batch: Batch, chunk: int = 256) -> Residuals:
 
 @torch.no_grad()
 def through_head(model: Any, residual: Residuals) -> Float[Tensor, "block batch query d_out"]:
-    """head(norm(r)) of the model itself; exactly its output after the last block."""
-    return torch.stack([model.head(model.ln_final(r)) for r in residual])
+    """head(norm(r)) of the model itself, in at least fp32; exactly its output after the last block."""
+    made = torch.stack([model.head(model.ln_final(r)) for r in residual])
+    return made.to(torch.promote_types(made.dtype, torch.float32))
 
 
 def decode(model: Any, residual: Residuals) -> Decoded:

@@ -122,7 +122,7 @@ def match(
             f"the prediction has shape {tuple(own.shape)}, the candidates {tuple(found.prediction.shape[1:])}"
         )
     half = len(own) // 2
-    at = torch.tensor(list(ks))
+    at = torch.tensor(list(ks), device=own.device)
     if half < 2 or not len(at):
         raise BadArgument(
             f"{len(own)} prompts and {len(at)} examples are too few to choose on one half and judge on another"

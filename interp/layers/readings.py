@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 import hooks
+from hooks.inputs import fed
 from interp import estimators, probe, seeds
 from interp.estimators.iterative import sums_before
 from interp.layers import lens, matching, symbols
@@ -158,7 +159,7 @@ def _queries_lens(subject: Subject, n: int, m: int, queries: int) -> Lens:
         return lens.errors(task, corrected, dataclasses.replace(judged, targets=labels[:, m:])).mean(-1)
 
     labels = own.asked.targets
-    drawn = torch.randn(labels.shape, generator=seeds.generator("floor", subject.seed)).to(labels)
+    drawn = seeds.normal(labels.shape, seeds.generator("floor", subject.seed)).to(labels)
     fit = lens.affine(own.decoded, labels, m)
     fitted = error(own.decoded, labels)
     variance = judged.targets.double().var(dim=1) / task.scale
@@ -253,7 +254,8 @@ def features(model: Any, batch: Batch) -> dict[tuple[str, int], Float[Tensor, "b
     A model without a recurrent state has residuals only.
     """
     recurrent = hasattr(model, "step")
-    record = hooks.record(model, batch.tokens, lens.RESIDUALS, **({"return_state": True} if recurrent else {}))
+    keywords = {"return_state": True} if recurrent else {}
+    record = hooks.record(model, fed(model, batch.tokens), lens.RESIDUALS, **keywords)
     found = {("residual", block): value[:, -1] for block, value in enumerate(record.values())}
     if recurrent:
         found |= {("state", block): layer.h.flatten(1) for block, layer in enumerate(record.output[1], start=1)}

@@ -69,7 +69,7 @@ def sums(batch: Batch, k: int, vocabulary: int) -> Float[Tensor, "batch feature"
     at = batch.read.expand(len(batch), -1)[:, k]
     seen = one_hot(batch.tokens, vocabulary).float()
     upto = torch.arange(batch.tokens.shape[1], device=at.device) <= at[:, None]
-    return torch.cat([(seen * upto[..., None]).sum(1), seen[torch.arange(len(batch)), at]], dim=1)
+    return torch.cat([(seen * upto[..., None]).sum(1), seen[torch.arange(len(batch), device=at.device), at]], dim=1)
 
 
 def candidates(task: Task, batch: Batch) -> Candidates:
@@ -101,14 +101,14 @@ def uniform(task: Task, batch: Batch) -> Float[Tensor, "batch n_pairs vocabulary
     if switch is None:
         return guess(task, batch)
     symbols = task.config["n_symbols"]
-    p = torch.full((*batch.targets.shape, symbols + 1), (1 - switch) / symbols)
+    p = torch.full((*batch.targets.shape, symbols + 1), (1 - switch) / symbols, dtype=torch.float32, device="cpu")
     p[..., symbols] = switch
     return p.log()
 
 
 def _fit(z: Float[Tensor, "row symbol"], goal: Int[Tensor, " row"]) -> Float[Tensor, " parameter"]:
     """(a, b_0, … b_{S-1}) by a quasi-Newton method: convex, and no matrix as large as the square of the vocabulary."""
-    start = torch.zeros(1 + z.shape[1]).to(z)
+    start = z.new_zeros(1 + z.shape[1])
     start[0] = 1.0
     w = start.clone().requires_grad_()
     search = torch.optim.LBFGS(

@@ -31,6 +31,7 @@ from torch import Tensor
 
 import hooks
 from hooks.errors import BadArgument
+from hooks.inputs import fed
 from interp import seeds
 from interp.ablation.controls import has_taps
 from interp.knockout import between, knock_out
@@ -79,7 +80,7 @@ class Reference:
         if not wanted:
             return
         tokens = prompts.batch.tokens
-        record = hooks.record(model, tokens.to(next(model.parameters())), wanted)
+        record = hooks.record(model, fed(model, tokens), wanted)
         parts = tokens_each(prompts.batch, prompts.context.shape[1])
         for which, examples in (("outlier", prompts.outlier), ("clean", prompts.context & ~prompts.outlier)):
             at = tokens_of(prompts.batch, examples)
@@ -193,7 +194,7 @@ def run(model: Any, batch: Batch, edits: Edits | None = None) -> Float[Tensor, "
 def _predict(model: Any, batch: Batch) -> Float[Tensor, "batch"]:
     # All prompts in one forward: the masks are those of the whole batch.
     with torch.no_grad():
-        said = outputs(model, batch.tokens.to(next(model.parameters())), 1)[..., 0].cpu()
+        said = outputs(model, fed(model, batch.tokens), 1)[..., 0].cpu()
     return said.gather(1, batch.read[..., -1:].cpu().expand(len(said), 1))[:, 0]
 
 
@@ -204,8 +205,7 @@ def _from_twins(model: Any, prompts: Prompts, twins: Batch) -> list[Intervention
     if not have:
         return []
     sites = [f"*.{kind}" for group in have.values() for kind in group]
-    like = next(model.parameters())
-    own, theirs = (hooks.record(model, one.tokens.to(like), sites) for one in (prompts.batch, twins))
+    own, theirs = (hooks.record(model, fed(model, one.tokens), sites) for one in (prompts.batch, twins))
     at = tokens_of(prompts.batch, prompts.outlier)
 
     def exchanged(labels: Collection[str]) -> dict[str, Any]:
@@ -233,7 +233,7 @@ def _knock_outs(model: Any, prompts: Prompts, examples: Examples, label: str, co
     if "hook_delta" in kinds:
         frozen: dict[str, Any] = {}
         for site in hooks.resolve(model, "*.hook_delta"):
-            frozen[site] = put(at, torch.zeros(1, 1))
+            frozen[site] = put(at, torch.zeros(1, 1, device="cpu"))
         taps = knock_out(model, pairs, inside="taps") if "the taps" in ways else {}
         name = f"{label} frozen" + (", out of the taps" if taps else "")
         found.append(Intervention(name, {**frozen, **taps}, whole, control))

@@ -55,7 +55,8 @@ def selection_gate(
         one = factors(model, x[part], layer, scalar)
         weight = weight + _weight(one, weighed[part])
         left.append((_kept(one) * one.write[..., None]).float())
-    shares = torch.as_tensor(weight) / torch.as_tensor(weight).sum().clamp(min=1e-300)
+    assert isinstance(weight, Tensor)  # x has at least one prompt
+    shares = weight / weight.sum().clamp(min=1e-300)
     return torch.cat([(part * shares).sum((-2, -1)) for part in left])
 
 

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooks.errors import BadArgument
+from hooks.inputs import fed
 from interp import seeds
 from interp.contributions import contributions
 from interp.metric import recovery
@@ -72,7 +73,7 @@ def why(found: Findings, name: str, model: Any, prompts: Prompts, layer: int, kn
     ``knocked`` is the number of prompts whose writes are also knocked out one by one.
     """
     votes, groups, pairs = prompts.votes().double(), prompts.groups, prompts.context.shape[1]
-    tokens = prompts.batch.tokens.to(next(model.parameters()))
+    tokens = fed(model, prompts.batch.tokens)
     context = {group: chosen[:, :-1] for group, chosen in groups.items()}
     out = _left_out(model, prompts)
     _contribution(found, name, "left out", "", out * votes[:, :-1], context)
@@ -236,7 +237,7 @@ def _with_taps(found: Findings, name: str, model: Any, tokens: Tensor, layer: in
 
 def _knocked_out(found: Findings, name: str, model: Any, prompts: Prompts, layer: int, knocked: int) -> None:
     """do(write_s := 0) in this layer, token by token, and how far the first order is from it."""
-    tokens = prompts.batch.tokens[:knocked].to(next(model.parameters()))
+    tokens = fed(model, prompts.batch.tokens[:knocked])
     if tokens.shape[1] < 2:
         return
     one = contributions(model, tokens, layer, scalar=query, finite=True)
@@ -260,15 +261,14 @@ def _knocked_out(found: Findings, name: str, model: Any, prompts: Prompts, layer
 
 def _split(found: Findings, name: str, model: Any, prompts: Prompts, layer: int) -> None:
     """Shapley shares of what the outliers of each group lose against their clean twins, for each example."""
-    dtype = next(model.parameters())
-    twins = prompts.cleaned(prompts.outlier).tokens.to(dtype)
+    tokens, twins = (fed(model, batch.tokens) for batch in (prompts.batch, prompts.cleaned(prompts.outlier)))
     votes, pairs = prompts.votes(clean=True), prompts.context.shape[1]
     for group, chosen in prompts.groups.items():
         counts = chosen.sum(1).double().cpu()
         if not group.startswith("outlier") or int((counts > 0).sum()) < ENOUGH:
             continue
         weight = tokens_of(prompts.batch, chosen) * _by_token(votes, prompts.batch.tokens.shape[1], pairs)
-        parts = split(model, prompts.batch.tokens.to(dtype), twins, weight.double(), layer, query)
+        parts = split(model, tokens, twins, weight.double(), layer, query)
         found.worst(SHARES, parts.gap)
         values = {
             **dict(zip(FACTORS, parts.factors, strict=True)),
@@ -292,7 +292,7 @@ def gate_rows(found: Findings, name: str, model: Any, prompts: Prompts, layer: i
     if not bool(weighed.any()):
         found.rows.skip(name, "gate: the prompts are empty")
         return
-    tokens = prompts.batch.tokens.to(next(model.parameters()))
+    tokens = fed(model, prompts.batch.tokens)
     gate = by_example(selection_gate(model, tokens, layer, query, tokens_of(prompts.batch, weighed)), pairs)[..., -1]
     slopes = clock(gate, clean, prompts.outlier)
     names = {"clean": "log G per clean example between", "outlier": "log G per outlier between"}

@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hooks.errors import BadArgument
-from interp import evaluate, tasks
+from interp import evaluate, seeds, tasks
 from interp.tasks.base import Batch, Task
 
 Examples = Bool[Tensor, "batch n_pairs"]
@@ -154,7 +154,7 @@ def by_example(values: Float[Tensor, "batch pos"], n_pairs: int) -> Float[Tensor
 
 def as_many(pool: Examples, like: Examples, generator: torch.Generator) -> Examples:
     """In each prompt as many random examples of ``pool`` as ``like`` has, all of them where there are fewer."""
-    lot = torch.rand(pool.shape, generator=generator).to(pool.device)
+    lot = seeds.uniform(pool.shape, generator).to(pool.device)
     place = torch.where(pool, lot, 2.0).argsort(dim=1).argsort(dim=1)
     return pool & (place < like.sum(1, keepdim=True))
 

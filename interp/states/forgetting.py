@@ -157,11 +157,11 @@ def resets(
     rate, generator = by_kind(share), seeds.generator("resets", seed)
     draws = []
     for _ in range(n_perm):
-        order = torch.rand(share.shape[1:], generator=generator).argsort(-1)
+        order = seeds.uniform(share.shape[1:], generator).argsort(-1)
         draws.append(by_kind(share.gather(-1, order.expand_as(share))))
     chance = torch.stack(draws)
     mean = chance.mean(0)
-    ends = chance.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0)
+    ends = chance.quantile(chance.new_tensor([0.025, 0.975]), dim=0)
     far = ((chance - mean).abs() >= (rate - mean).abs() - 1e-12).sum(0)
     return Resets(rate, mean, ends[0], ends[1], (1 + far).double() / (1 + n_perm))
 

@@ -17,6 +17,7 @@ from torch import Tensor
 import hooks
 from hooks import Record
 from hooks.errors import BadArgument
+from hooks.inputs import fed
 from interp import seeds
 from interp.arguments import whole_number
 from interp.layers.lens import joint, query_tokens
@@ -52,7 +53,7 @@ def walk(
     """
     sites = [[n.rsplit(".", 1)[0] + f".{kind}" for kind in kinds] for n in hooks.resolve(model, f"*.{kinds[0]}")]
     names = [name for layer in sites for name in layer]
-    tokens = _to(model, tokens)
+    tokens = fed(model, tokens)
     one = hooks.record(model, tokens[:1], names)
     size = max(1, budget // sum(value.numel() for value in one.values()))
     for start in range(0, len(tokens), size):
@@ -116,15 +117,16 @@ def reach(
         raise BadArgument("the derivative of a state by its tokens needs tokens that are real vectors, not integers")
     found = []
     for start, part in _chunks(model, tokens):
-        leaf = _to(model, part).detach().requires_grad_()
+        leaf = fed(model, part).detach().requires_grad_()
         record = _graph(model, leaf)
         layers = []
         for i, state in enumerate(record.values()):
-            h, total = state[:, position], torch.zeros(leaf.shape[:2])
+            wide = torch.promote_types(leaf.dtype, torch.float32)
+            h, total = state[:, position], torch.zeros(leaf.shape[:2], dtype=wide, device="cpu")
             for probe in range(probes):
-                v = torch.randn(h.shape, generator=seeds.generator("reach", seed, i, probe, start)).to(h)
+                v = seeds.normal(h.shape, seeds.generator("reach", seed, i, probe, start)).to(h)
                 (gradient,) = torch.autograd.grad((h * v).sum(), leaf, retain_graph=True)
-                total += gradient.square().sum(-1).cpu() / probes
+                total += gradient.to(wide).square().sum(-1).cpu() / probes
             layers.append(total)
         found.append(torch.stack(layers))
     return torch.cat(found, dim=1)
@@ -138,11 +140,11 @@ def reach_gap(
     One random direction u of all tokens and one random v_l of each layer's state; both norms are over the layers, so
     that no sum of slopes cancels. The differences' own error is of the order step² + rounding / step.
     """
-    leaf = _to(model, tokens).detach().requires_grad_()
-    u = torch.randn(tokens.shape, generator=seeds.generator("reach", seed, 0)).to(leaf)
+    leaf = fed(model, tokens).detach().requires_grad_()
+    u = seeds.normal(tokens.shape, seeds.generator("reach", seed, 0)).to(leaf)
     record = _graph(model, leaf)
     vs = [
-        torch.randn(h[:, position].shape, generator=seeds.generator("reach", seed, 1, i)).to(h)
+        seeds.normal(h[:, position].shape, seeds.generator("reach", seed, 1, i)).to(h)
         for i, h in enumerate(record.values())
     ]
     slopes = []
@@ -172,13 +174,7 @@ def _graph(model: Any, leaf: Tensor) -> Record:
 
 def _chunks(model: Any, tokens: Tensor) -> Iterator[tuple[int, Tensor]]:
     """Parts whose graph (about eight tensors for each state) stays within the budget."""
-    one = hooks.record(model, _to(model, tokens[:1]), "*.hook_state")
+    one = hooks.record(model, fed(model, tokens[:1]), "*.hook_state")
     size = max(1, BUDGET // (8 * sum(value.numel() for value in one.values())))
     for start in range(0, len(tokens), size):
         yield start, tokens[start : start + size]
-
-
-def _to(model: Any, tokens: Tensor) -> Tensor:
-    """The tokens on the model's device, real ones in its dtype."""
-    first = next(model.parameters())
-    return tokens.to(first) if tokens.is_floating_point() else tokens.to(first.device)

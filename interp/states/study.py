@@ -18,6 +18,7 @@ from torch import Tensor
 
 import hooks
 from hooks.errors import BadArgument
+from hooks.inputs import fed
 from interp import evaluate, probe, seeds, variance
 from interp.arguments import whole_number
 from interp.layers.lens import joint
@@ -100,7 +101,8 @@ class Plan:
                 value = value.reshape(*value.shape[:axes], -1)
                 if name == "XtX":  # symmetric: each product once
                     side = self.task.d
-                    value = value[..., torch.tril_indices(side, side).T @ torch.tensor([side, 1])]
+                    rows, columns = torch.tril_indices(side, side, device=value.device)
+                    value = value[..., side * rows + columns]
                 found[name] = value.cpu()
         return found
 
@@ -208,7 +210,11 @@ def study(name: str, model: Any, untrained: Any, asked: Plan) -> Study:
         reading=reading,
         by_count=by_count,
         within=torch.stack([effective_rank(h) for h in held.matrices]),
-        across=torch.tensor([[states.rank_across(layer[k, k == 0]) for k in asked.ks] for layer in held.rows]),
+        across=torch.tensor(
+            [[states.rank_across(layer[k, k == 0]) for k in asked.ks] for layer in held.rows],
+            dtype=torch.float32,
+            device="cpu",
+        ),
         forgets=forgets,
         content=None if forgets is None else _content(forgets, batch, asked.seed),
         resets=None
@@ -367,8 +373,7 @@ def _swaps(model: Any, asked: Plan) -> dict[str, Any]:
     if asked.swap_k == 0:
         empty = np.zeros((0, len(hooks.resolve(model, "*.hook_state")), 3))
         return {"parts": (), "swaps": empty, "all_layers": empty[:, 0], "exact": None, "nothing": None}
-    first = next(model.parameters())
-    tokens, half = asked.batch.tokens.to(first), len(asked.batch) // 2
+    tokens, half = fed(model, asked.batch.tokens), len(asked.batch) // 2
     where = states.query(asked.batch, asked.swap_k)
     one, two = tokens[:half, : where + 1], tokens[half : 2 * half, : where + 1]
     with one_arithmetic(model), torch.no_grad():

@@ -20,6 +20,7 @@ from jaxtyping import Float, Int, Real
 from torch import Tensor
 
 from hooks.errors import BadArgument
+from hooks.inputs import fed, first_weight
 
 Model = Callable[..., Any]
 """``model(tokens) -> (batch, pos, d_out)``; may have ``step(token, state) -> (out, state)``."""
@@ -72,17 +73,27 @@ class Batch:
             self, targets=self.targets[:, -1:], x=self.x[:, -1:], y=self.y[:, -1:], read=self.read[..., -1:]
         )
 
-    def to(self, device: torch.device | str) -> Batch:
-        """The same batch with every tensor on ``device``."""
-        return Batch(
-            tokens=self.tokens.to(device),
-            targets=self.targets.to(device),
-            read=self.read.to(device),
-            kinds=self.kinds.to(device),
-            x=self.x.to(device),
-            y=self.y.to(device),
-            truth={name: value.to(device) for name, value in self.truth.items()},
-        )
+    def to(self, where: torch.device | str | torch.dtype) -> Batch:
+        """The same batch with every tensor on a device, or with every real one in a dtype: tokens that are integers,
+        positions, kinds and flags stay what they are.
+        """
+
+        def moved(tensor: Tensor) -> Tensor:
+            stays = isinstance(where, torch.dtype) and not tensor.is_floating_point()
+            return tensor if stays else tensor.to(where)
+
+        truth = {name: moved(value) for name, value in self.truth.items()}
+        names = [part.name for part in dataclasses.fields(self) if part.name != "truth"]
+        return Batch(**{name: moved(getattr(self, name)) for name in names}, truth=truth)
+
+    def fed(self, model: Any) -> Batch:
+        """The batch as ``model`` reads it: on its device, and its tokens in the dtype of its weights.
+
+        Labels keep theirs: in a half-precision model they would otherwise be rounded like the predictions, and the
+        error would come out too small.
+        """
+        batch = self if (weight := first_weight(model)) is None else self.to(weight.device)
+        return dataclasses.replace(batch, tokens=fed(model, batch.tokens))
 
 
 @runtime_checkable
@@ -214,12 +225,13 @@ def model_shape(task: Task) -> dict[str, Any]:
 def guess(task: Task, batch: Batch) -> Float[Tensor, "batch n_pairs *out"]:
     """A prediction that knows nothing: 0, or the same probability for every token of the vocabulary."""
     if isinstance(task, TokenTask):
-        return torch.full((*batch.targets.shape, task.vocabulary), -math.log(task.vocabulary))
+        shape = (*batch.targets.shape, task.vocabulary)
+        return torch.full(shape, -math.log(task.vocabulary), dtype=torch.float32, device=batch.targets.device)
     return torch.zeros_like(batch.targets)
 
 
 def outputs(model: Model, tokens: Real[Tensor, "batch pos *d_token"], d_out: int) -> Float[Tensor, "batch pos d_out"]:
-    """``model(tokens)``, once it is sure that the model fits the task.
+    """``model(tokens)``, the tokens in the model's dtype, once it is sure that the model fits the task.
 
     Raises ``BadArgument`` if ``model.cfg.d_in`` is not the width of a token (torch would only say
     that two matrices do not match), if tokens are integers and the model is no language model, or
@@ -230,7 +242,7 @@ def outputs(model: Model, tokens: Real[Tensor, "batch pos *d_token"], d_out: int
         _check_head(model, d_out)
     else:
         _check_width(model, tokens.shape[-1])
-    out = model(tokens)
+    out = model(fed(model, tokens, device=False))
     wanted = (*tokens.shape[:2], d_out)
     if not isinstance(out, Tensor) or tuple(out.shape) != wanted:
         found = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
@@ -325,6 +337,7 @@ def at_each_query(
     prefixes instead, which is the definition, and costs O(n_pairs²) tokens.
     """
     _check_width(model, queries.shape[-1])
+    context, queries = (fed(model, part, device=False) for part in (context, queries))
     n_pairs = queries.shape[1]
     if context.shape[1] < n_pairs - 1:
         raise BadArgument(f"{n_pairs} queries need {n_pairs - 1} context tokens; there are {context.shape[1]}")

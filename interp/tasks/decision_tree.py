@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from interp import seeds
 from interp.arguments import whole_number
 from interp.tasks.base import Batch
 from interp.tasks.layout import Layout
@@ -49,8 +50,8 @@ class DecisionTree:
         fewer active coordinates the tree is smaller, as in the papers' curriculum.
         """
         return {
-            "coordinate": torch.randint(self.d, (n, 2**self.depth - 1), generator=generator),
-            "leaf": torch.randn(n, 2**self.depth, generator=generator),
+            "coordinate": seeds.integers(0, self.d, (n, 2**self.depth - 1), generator),
+            "leaf": seeds.normal((n, 2**self.depth), generator),
         }
 
     def __call__(

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooks.errors import BadArgument
+from interp import seeds
 from interp.arguments import one_of
 
 COVARIANCES = ("isotropic", "skewed", "half_subspace")
@@ -43,7 +44,7 @@ def draw(n: int, n_pairs: int, d: int, covariance: str, generator: torch.Generat
     them as independent is too narrow, and the result depends on the batch size. The distribution of one prompt is the
     same either way.
     """
-    x = torch.randn(n, n_pairs, d, generator=generator)
+    x = seeds.normal((n, n_pairs, d), generator)
     return x if covariance == "isotropic" else stretch(x, covariance, generator)
 
 
@@ -54,9 +55,9 @@ def stretch(z: X, covariance: str, generator: torch.Generator) -> X:
     not Haar distributed, but a sign cancels in U diag(·) Uᵀ.
     """
     n, _, d = z.shape
-    count = torch.arange(1, d + 1, dtype=z.dtype)
+    count = torch.arange(1, d + 1, dtype=z.dtype, device=z.device)
     spread = 1 / count if covariance == "skewed" else (count <= d // 2).to(z)
     spread = spread * (d / spread.square().sum()).sqrt()
-    rotation, _ = torch.linalg.qr(torch.randn(n, d, d, generator=generator))
+    rotation, _ = torch.linalg.qr(seeds.normal((n, d, d), generator))
     along = einsum(z, rotation, "b k i, b i j -> b k j") * spread
     return einsum(along, rotation, "b k j, b i j -> b k i")

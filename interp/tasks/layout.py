@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from interp import seeds
 from interp.arguments import one_of, whole_number
 from interp.tasks.base import Batch, Model, at_each_query, outputs
 
@@ -90,7 +91,7 @@ class Layout:
         """
         if self.tokens == "interleaved":
             return (self.predict(model, batch) - batch.targets) ** 2
-        k = int(torch.randint(batch.y.shape[1], (), generator=generator))
+        k = int(seeds.integers(0, batch.y.shape[1], (), generator))
         prompt = torch.cat([batch.tokens[:, :k], _as_query(batch.tokens[:, k : k + 1])], dim=1)
         return (outputs(model, prompt, 1)[:, -1] - batch.targets[:, k : k + 1]) ** 2
 

@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooks.errors import BadArgument
+from interp import seeds
 from interp.arguments import between
 from interp.tasks.base import Batch
 from interp.tasks.layout import Layout
@@ -38,7 +39,7 @@ class Linear:
 
     def draw(self, n: int, active: int, generator: torch.Generator) -> dict[str, Tensor]:
         """w for each prompt, in all d coordinates: where x is zero it has no effect."""
-        return {"w": self.gain * torch.randn(n, self.d, generator=generator)}
+        return {"w": self.gain * seeds.normal((n, self.d), generator)}
 
     def __call__(
         self, x: Float[Tensor, "batch n_pairs d"], truth: Mapping[str, Tensor]

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooks.errors import BadArgument
-from interp import estimators
+from interp import estimators, seeds
 from interp.arguments import between, whole_number
 from interp.estimators.chains import contexts, entropy, tables, with_switch
 from interp.tasks.base import Batch, Model, log_probabilities, nats, token_batch
@@ -88,7 +88,7 @@ class Markov:
         whole_number("n", n, least=1)
         whole_number("d_active", self.d if d_active is None else d_active, 1, self.d)
         length = whole_number("n_pairs", self.n_pairs if n_pairs is None else n_pairs, 1)
-        switches = torch.rand(n, length, generator=generator) < self.switch
+        switches = seeds.uniform((n, length), generator) < self.switch
         return self._prompts(switches, generator)
 
     def corrupt(self, batch: Batch, generator: torch.Generator) -> Batch:
@@ -145,7 +145,7 @@ class Markov:
         """
         known = {"order": self.order, "beta": self.beta, "n_symbols": self.n_symbols, "switch": self.switch}
         bayes = self.loss(estimators.build("add_beta", **known)(batch), batch)
-        symbol = torch.full(batch.targets.shape, 1 / self.n_symbols, device=bayes.device)
+        symbol = torch.full(batch.targets.shape, 1 / self.n_symbols, dtype=bayes.dtype, device=bayes.device)
         uniform = torch.where(batch.targets == self.n_symbols, self.switch, (1 - self.switch) * symbol)
         floor = with_switch(entropy(self._rows(batch)), self.switch)
         return {"bayes": bayes, "uniform": -uniform.log(), "entropy": floor}
@@ -162,16 +162,16 @@ class Markov:
         n, length = switches.shape
         chain = switches.long().cumsum(dim=1) - switches.long()
         table = self._tables(n, int(chain.max()) + 1, generator)
-        lot = torch.rand(n, length, generator=generator, dtype=torch.float64)
+        lot = seeds.uniform((n, length), generator, torch.float64)
         targets = self._walk(switches, chain, table.double(), lot)
         start = torch.full_like(targets[:, :1], self.n_symbols)
         tokens = torch.cat([start, targets[:, :-1]], dim=1)
-        read, kinds = torch.arange(length), (tokens == self.n_symbols).long()
+        read, kinds = torch.arange(length, device=tokens.device), (tokens == self.n_symbols).long()
         return token_batch(tokens, targets, read, kinds, {"table": table, "chain": chain})
 
     def _tables(self, n: int, chains: int, generator: torch.Generator) -> Float[Tensor, "batch chain context symbol"]:
         """Rows from Dirichlet(β, … β): numpy's, which stays exact for small β, on a stream of the generator's."""
-        stream = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
+        stream = np.random.default_rng(int(seeds.integers(0, 2**62, (), generator)))
         rows = stream.dirichlet(np.full(self.n_symbols, self.beta), size=(n, chains, self.n_symbols**self.order))
         return torch.from_numpy(rows).float()
 
@@ -184,9 +184,9 @@ class Markov:
     ) -> Int[Tensor, "batch n_pairs"]:
         """The symbols, each where ``lot``, uniform on [0, 1), falls among the cumulative probabilities of its row."""
         n, size = len(lot), self.n_symbols
-        steps, prompt = table.cumsum(dim=-1), torch.arange(n)
-        even = torch.arange(1, size + 1, dtype=table.dtype) / size
-        context, seen = torch.zeros(n, dtype=torch.long), torch.zeros(n, dtype=torch.long)
+        steps, prompt = table.cumsum(dim=-1), torch.arange(n, device=table.device)
+        even = torch.arange(1, size + 1, dtype=table.dtype, device=table.device) / size
+        context, seen = (torch.zeros(n, dtype=torch.long, device=table.device) for _ in range(2))
         out = []
         for k in range(lot.shape[1]):
             row = torch.where((seen >= self.order)[:, None], steps[prompt, chain[:, k], context], even)

@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooks.errors import BadArgument
+from interp import seeds
 from interp.arguments import between, whole_number
 from interp.tasks.base import Batch, Model, log_probabilities, nats, token_batch, wrong
 
@@ -89,16 +90,16 @@ class AssociativeRecall:
         whole_number("d_active", self.d if d_active is None else d_active, 1, self.d)
         pairs = whole_number("n_pairs", self.n_pairs if n_pairs is None else n_pairs, 1, self.n_keys)
         length = 2 * (self.length * pairs // (2 * self.n_pairs))
-        keys = torch.rand(n, self.n_keys, generator=generator).argsort(dim=1)[:, :pairs]
-        values = self.n_keys + torch.randint(self.n_values, (n, pairs), generator=generator)
-        filler = self.vocabulary - 1 - torch.randint(self.n_filler, (n, length), generator=generator)
+        keys = seeds.uniform((n, self.n_keys), generator).argsort(dim=1)[:, :pairs]
+        values = self.n_keys + seeds.integers(0, self.n_values, (n, pairs), generator)
+        filler = self.vocabulary - 1 - seeds.integers(0, self.n_filler, (n, length), generator)
         gap, pair = self._gaps(n, pairs, length // 2 - pairs, generator).sort(dim=1)
         return self._prompts(filler, {"keys": keys, "values": values, "pair": pair, "gap": gap})
 
     def corrupt(self, batch: Batch, generator: torch.Generator) -> Batch:
         """The same keys, queries and filler with another value behind each key."""
         values = batch.truth["values"]
-        other = torch.randint(1, self.n_values, tuple(values.shape), generator=generator).to(values)
+        other = seeds.integers(1, self.n_values, tuple(values.shape), generator).to(values)
         values = self.n_keys + (values - self.n_keys + other) % self.n_values
         return self._prompts(batch.tokens, {**batch.truth, "values": values})
 
@@ -153,8 +154,8 @@ class AssociativeRecall:
 
         The largest of log p + Gumbel noise, in order, are such a draw.
         """
-        weight = (self.power - 1) * torch.arange(1, places + 1, dtype=torch.float64).log()
-        lot = torch.rand(n, places, generator=generator, dtype=torch.float64).clamp(min=1e-300)
+        weight = (self.power - 1) * torch.arange(1, places + 1, dtype=torch.float64, device=generator.device).log()
+        lot = seeds.uniform((n, places), generator, torch.float64).clamp(min=1e-300)
         return (weight - (-lot.log()).log()).topk(pairs, dim=1).indices + 1
 
     def _prompts(self, tokens: Int[Tensor, "batch pos"], truth: dict[str, Tensor]) -> Batch:

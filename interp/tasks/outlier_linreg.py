@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hooks.errors import BadArgument
-from interp import estimators
+from interp import estimators, seeds
 from interp.arguments import between, one_of, whole_number
 from interp.tasks.base import Batch, Model, at_each_query, outputs, same_shape
 from interp.tasks.linreg import linear_regression
@@ -154,16 +154,16 @@ class OutlierLinearRegression:
         batch = self.clean.sample(n, generator, d_active=d_active, n_pairs=n_pairs)
         active = self.d if d_active is None else d_active
         shape = batch.y.shape
-        lot = torch.rand(shape, generator=generator)
-        span = torch.zeros(n, 2, self.d)
+        lot = seeds.uniform(shape, generator)
+        span = lot.new_zeros(n, 2, self.d)
         outlier = lot < self.p
         if self.outlier == "ones":
-            vectors = torch.zeros(2, *shape, self.d)
+            vectors = lot.new_zeros(2, *shape, self.d)
             vectors[..., :active] = 1
         else:
-            fresh = torch.randn(n, self.d, generator=generator)
-            normal = torch.randn(n, 2, self.d, generator=generator)
-            angle = 2 * torch.pi * torch.rand(2, *shape, generator=generator)
+            fresh = seeds.normal((n, self.d), generator)
+            normal = seeds.normal((n, 2, self.d), generator)
+            angle = 2 * torch.pi * seeds.uniform((2, *shape), generator)
             if self.per == "prompt":
                 angle = angle[..., :1].expand(2, *shape)
             if active >= NEEDED:
@@ -190,7 +190,7 @@ class OutlierLinearRegression:
         Where outliers are orthogonal to the prompt's own w the new one is drawn as what they leave open: its direction
         is uniform on what is orthogonal to u and v, its length that of N(0, I_d). Otherwise w ~ N(0, I_d).
         """
-        w = torch.randn(len(batch), self.d, generator=generator).to(batch.x)
+        w = seeds.normal((len(batch), self.d), generator).to(batch.x)
         if self.outlier == "orthogonal" and self.orthogonal_to == "own":
             span = batch.truth["span"]
             along = einsum(span, w, "b two i, b i -> b two")
@@ -208,7 +208,7 @@ class OutlierLinearRegression:
         """The loss of every example out of one forward (interleaved), or of one k, uniform, for the batch (joint)."""
         if self.tokens == "interleaved":
             return self.loss(self.predict(model, batch), batch)
-        k = int(torch.randint(batch.y.shape[1], (), generator=generator))
+        k = int(seeds.integers(0, batch.y.shape[1], (), generator))
         prompt = torch.cat([batch.tokens[:, :k], _queries(batch)[:, k : k + 1]], dim=1)
         return (outputs(model, prompt, self.d_out)[:, -1] - batch.targets[:, k : k + 1]) ** 2
 

@@ -21,6 +21,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hooks.errors import BadArgument
+from interp import seeds
 from interp.arguments import between, one_of, whole_number
 from interp.tasks.base import Batch, Model, at_each_query, at_the_query, same_shape
 
@@ -154,7 +155,7 @@ class Outliers:
         if self.outside is False:
             return self.v_star
         rows = PAPER_OUTSIDE if self.outside is True else self.outside
-        return torch.tensor(rows) @ self.v_star
+        return self.v_star.new_tensor(rows) @ self.v_star
 
     def sample(
         self,
@@ -175,16 +176,16 @@ class Outliers:
         length = whole_number("n_pairs", self.n_pairs if n_pairs is None else n_pairs, 1)
         shape = (n, length)
         # Everything is drawn whether it is used or not, so that test tasks share their clean prompts.
-        a = torch.randint(self.M1, (n,), generator=generator)
-        b = (a + torch.randint(1, self.M1, (n,), generator=generator)) % self.M1
-        positive = torch.rand(shape, generator=generator) < 0.5
-        irrelevant = torch.randint(self.M2, shape, generator=generator)
-        unit = 2 * torch.rand(shape, generator=generator) - 1
-        lot = torch.rand(shape, generator=generator)
+        a = seeds.integers(0, self.M1, (n,), generator)
+        b = (a + seeds.integers(1, self.M1, (n,), generator)) % self.M1
+        positive = seeds.uniform(shape, generator) < 0.5
+        irrelevant = seeds.integers(0, self.M2, shape, generator)
+        unit = 2 * seeds.uniform(shape, generator) - 1
+        lot = seeds.uniform(shape, generator)
         directions = self.directions
-        kind = (torch.rand(shape, generator=generator) * len(directions)).long()
-        coin = 2 * torch.randint(2, shape, generator=generator) - 1
-        aside = torch.randn(*shape, max(1, len(self._spare)), generator=generator)
+        kind = (seeds.uniform(shape, generator) * len(directions)).long()
+        coin = 2 * seeds.integers(0, 2, shape, generator) - 1
+        aside = seeds.normal((*shape, max(1, len(self._spare))), generator)
 
         pair = torch.stack([a, b], dim=1)
         pattern = torch.where(positive, a[:, None], b[:, None])
@@ -304,8 +305,8 @@ class Outliers:
             count = round(self.alpha * length)
             place = {
                 "random": context.argsort(dim=1).argsort(dim=1),
-                "far": torch.arange(length).expand_as(context),
-                "close": torch.arange(length).flip(0).expand_as(context),
+                "far": torch.arange(length, device=context.device).expand_as(context),
+                "close": torch.arange(length, device=context.device).flip(0).expand_as(context),
             }[self.placement]
             outlier[:, :-1] = place < count
         return outlier
@@ -330,10 +331,10 @@ class Outliers:
     def _patterns(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """μ (M1, d), ν (M2, d), v* (V, d), and the unit vectors that are left, one a row."""
         if self.pattern_seed is None:
-            basis = torch.eye(self.d)
+            basis = torch.eye(self.d, dtype=torch.float32, device="cpu")
         else:
             generator = torch.Generator().manual_seed(self.pattern_seed)
-            normal = torch.randn(self.d, self.d, generator=generator, dtype=torch.float64)
+            normal = seeds.normal((self.d, self.d), generator, torch.float64)
             q, r = torch.linalg.qr(normal)
             basis = (q * r.diagonal().sign()).mT.float()
         counts = [self.M1, self.M2, self.V, self.d - self.M1 - self.M2 - self.V]

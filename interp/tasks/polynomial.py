@@ -20,6 +20,7 @@ from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
+from interp import seeds
 from interp.arguments import whole_number
 from interp.tasks.base import Batch
 from interp.tasks.layout import Layout
@@ -43,7 +44,7 @@ class Polynomial:
 
     def draw(self, n: int, active: int, generator: torch.Generator) -> dict[str, Tensor]:
         """w for each prompt, in all d coordinates: where x is zero it has no effect."""
-        return {"w": torch.randn(n, self.d, generator=generator)}
+        return {"w": seeds.normal((n, self.d), generator)}
 
     def __call__(
         self, x: Float[Tensor, "batch n_pairs d"], truth: Mapping[str, Tensor]

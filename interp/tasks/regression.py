@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooks.errors import BadArgument
-from interp import estimators
+from interp import estimators, seeds
 from interp.arguments import between, one_of, whole_number
 from interp.tasks import inputs
 from interp.tasks.base import Batch, Model, same_shape
@@ -84,8 +84,8 @@ class Noise:
     def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         """The noise of labels of this shape."""
         if self.form == "gaussian":
-            return self.size * torch.randn(shape, generator=generator)
-        return self.size * (2.0 * torch.randint(2, shape, generator=generator) - 1)
+            return self.size * seeds.normal(shape, generator)
+        return self.size * seeds.signs(shape, generator)
 
 
 @dataclass(frozen=True)

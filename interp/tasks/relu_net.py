@@ -18,6 +18,7 @@ from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
+from interp import seeds
 from interp.arguments import whole_number
 from interp.tasks.base import Batch
 from interp.tasks.layout import Layout
@@ -39,8 +40,8 @@ class ReluNet:
     def draw(self, n: int, active: int, generator: torch.Generator) -> dict[str, Tensor]:
         """The weights of a network for each prompt, of all d coordinates: where x is zero they have no effect."""
         return {
-            "W1": torch.randn(n, self.d, self.hidden, generator=generator),
-            "W2": torch.randn(n, self.hidden, generator=generator),
+            "W1": seeds.normal((n, self.d, self.hidden), generator),
+            "W2": seeds.normal((n, self.hidden), generator),
         }
 
     def __call__(

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from interp import seeds
 from interp.arguments import whole_number
 from interp.tasks.base import Batch, Model, log_probabilities, nats, token_batch, wrong
 
@@ -68,13 +69,13 @@ class SelectiveCopy:
         whole_number("d_active", self.d if d_active is None else d_active, 1, self.d)
         count = whole_number("n_pairs", self.n_pairs if n_pairs is None else n_pairs, 1)
         length = self.length * count // self.n_pairs
-        place = torch.rand(n, length, generator=generator).argsort(dim=1)[:, :count].sort(dim=1).values
-        return self._prompts(torch.randint(self.n_symbols, (n, count), generator=generator), place, length)
+        place = seeds.uniform((n, length), generator).argsort(dim=1)[:, :count].sort(dim=1).values
+        return self._prompts(seeds.integers(0, self.n_symbols, (n, count), generator), place, length)
 
     def corrupt(self, batch: Batch, generator: torch.Generator) -> Batch:
         """Another symbol at each of the same places."""
         symbols = batch.targets
-        other = torch.randint(1, self.n_symbols, tuple(symbols.shape), generator=generator).to(symbols)
+        other = seeds.integers(1, self.n_symbols, tuple(symbols.shape), generator).to(symbols)
         length = batch.tokens.shape[1] - symbols.shape[1]
         return self._prompts((symbols + other) % self.n_symbols, batch.truth["place"], length)
 

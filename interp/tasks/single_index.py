@@ -23,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooks.errors import BadArgument
-from interp import estimators
+from interp import estimators, seeds
 from interp.arguments import between, one_of, whole_number
 from interp.tasks.base import Batch
 from interp.tasks.layout import Layout
@@ -72,7 +72,7 @@ class SingleIndex:
 
     def draw(self, n: int, active: int, generator: torch.Generator) -> dict[str, Tensor]:
         """β for each prompt, in all d coordinates: where x is zero it has no effect."""
-        normal = torch.randn(n, len(self.subspace), generator=generator)
+        normal = seeds.normal((n, len(self.subspace)), generator)
         coordinates = normal / normal.norm(dim=-1, keepdim=True)
         return {
             "beta": coordinates @ self.subspace,
@@ -194,7 +194,7 @@ def _link(link: Any) -> Link:
 def _subspace(r: int, d: int, seed: int | None) -> Float[Tensor, "r d"]:
     """r orthonormal rows: coordinate axes for None, else of a Gaussian matrix with this seed, signs fixed."""
     if seed is None:
-        return torch.eye(d)[:r]
-    normal = torch.randn(d, r, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        return torch.eye(d, dtype=torch.float32, device="cpu")[:r]
+    normal = seeds.normal((d, r), torch.Generator().manual_seed(seed), torch.float64)
     q, triangle = torch.linalg.qr(normal)
     return (q * triangle.diagonal().sign()).mT.float().contiguous()

@@ -18,6 +18,7 @@ from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
+from interp import seeds
 from interp.arguments import whole_number
 from interp.tasks.base import Batch
 from interp.tasks.layout import Layout
@@ -41,8 +42,8 @@ class SparseLinear:
 
     def draw(self, n: int, active: int, generator: torch.Generator) -> dict[str, Tensor]:
         """w for each prompt; its support lies in the active coordinates, all of them if they are fewer."""
-        w = torch.randn(n, self.d, generator=generator)
-        lot = torch.rand(n, self.d, generator=generator)
+        w = seeds.normal((n, self.d), generator)
+        lot = seeds.uniform((n, self.d), generator)
         lot[:, active:] = torch.inf
         support = lot.argsort(dim=1).argsort(dim=1) < min(self.sparsity, active)
         return {"w": w * support, "support": support}

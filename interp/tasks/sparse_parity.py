@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hooks.errors import BadArgument
-from interp import estimators
+from interp import estimators, seeds
 from interp.arguments import whole_number
 from interp.tasks.base import Batch, Model, same_shape
 from interp.tasks.layout import TOKENS, Layout
@@ -74,7 +74,7 @@ class SparseParity:
         whole_number("n", n, least=1)
         d_active = whole_number("d_active", self.d if d_active is None else d_active, 1, self.d)
         length = whole_number("n_pairs", self.n_pairs if n_pairs is None else n_pairs, 1)
-        x = 2.0 * torch.randint(2, (n, length, self.d), generator=generator) - 1
+        x = seeds.signs((n, length, self.d), generator)
         x[..., d_active:] = 0
         return self._prompts(x, self._subsets(n, d_active, generator))
 
@@ -135,7 +135,7 @@ class SparseParity:
     def _vote(self, batch: Batch) -> Float[Tensor, "batch n_pairs"]:
         """Sum of the labels that the subsets would give which have been right so far."""
         active = int(batch.x[0, 0].abs().sum())
-        subsets = torch.tensor(list(itertools.combinations(range(active), min(self.k, active))))
+        subsets = torch.tensor(list(itertools.combinations(range(active), min(self.k, active))), device=batch.x.device)
         subsets = subsets.to(batch.x.device)
         alive = torch.ones(len(batch), len(subsets), dtype=torch.bool, device=batch.x.device)
         votes = []
@@ -147,8 +147,8 @@ class SparseParity:
 
     def _subsets(self, n: int, d_active: int, generator: torch.Generator) -> Bool[Tensor, "batch d"]:
         """A subset of size min(k, d_active) of the active coordinates for each prompt."""
-        rank = torch.rand(n, d_active, generator=generator).argsort(dim=1)
-        chosen = torch.zeros(n, self.d, dtype=torch.bool)
+        rank = seeds.uniform((n, d_active), generator).argsort(dim=1)
+        chosen = torch.zeros(n, self.d, dtype=torch.bool, device=rank.device)
         return chosen.scatter(1, rank[:, : self.k], True)
 
     def _prompts(self, x: Float[Tensor, "batch n_pairs d"], hidden: Bool[Tensor, "batch d"]) -> Batch:

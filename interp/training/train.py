@@ -253,7 +253,7 @@ def _search(run: Run) -> list[dict[str, Any]]:
             model = fit(run, rates[index], run.config.search_steps, name, label=label).model
             losses = validation(run)(model).loss.mean(1)
         except NonFinite:
-            losses = torch.full((1,), math.nan)
+            losses = torch.full((1,), math.nan, device="cpu")
         if bool(losses.isfinite().all()):
             done.append({"lr": rates[index], "validation_error": float(losses.mean()), "losses": losses.tolist()})
         else:

@@ -41,7 +41,7 @@ def selective_scan_states(
     x: Tensor, delta_decay: Tensor, delta_write: Tensor, A: Tensor, B: Tensor, C: Tensor, h0: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """`reference.selective_scan_states` for CPU tensors that are all float32 or all float64; no gradients."""
-    y, states = torch.empty(x.shape, dtype=x.dtype), pages.empty((*x.shape, A.shape[1]), x.dtype)
+    y, states = torch.empty(x.shape, dtype=x.dtype, device=x.device), pages.empty((*x.shape, A.shape[1]), x.dtype)
     _Selective(x, delta_decay, delta_write, A, B, C, h0).forward(keep=False, y=y, states=states)
     return y, states
 
@@ -54,7 +54,7 @@ def scan(decay: Tensor, write: Tensor, h0: Tensor | None) -> Tensor:
 class _SelectiveScan(torch.autograd.Function):
     @staticmethod
     def forward(x, delta_decay, delta_write, A, B, C, h0, keep):  # type: ignore[no-untyped-def]
-        y = torch.empty(x.shape, dtype=x.dtype)
+        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         kernel = _Selective(x, delta_decay, delta_write, A, B, C, h0)
         return y, *kernel.forward(keep=keep, y=y)
 
@@ -121,7 +121,7 @@ class _Selective:
         blocks = -(-self.d_inner // kernels.LANES)
         self.groups = min(blocks, -(-_UNITS // self.batch))
         self.like = x
-        padded = torch.zeros(self.d_state, blocks * kernels.LANES, dtype=A.dtype)
+        padded = A.new_zeros(self.d_state, blocks * kernels.LANES)
         padded[:, : self.d_inner] = A.detach().t()
         shared = [_array(tensor, x, 3) for tensor in (x, delta_decay, delta_write)]
         self.operands = (*shared, padded.numpy(), *(_array(tensor, x, 3) for tensor in (B, C, h0)))
@@ -155,7 +155,7 @@ class _Selective:
             out = (
                 *(self.empty(self.batch, self.length, self.d_inner) for _ in range(3)),
                 self.empty(self.batch, *self.operands[3].shape),
-                *(torch.zeros(self.groups, self.batch, self.length, self.d_state, dtype=self.like.dtype) for _ in "BC"),
+                *(self.like.new_zeros(self.groups, self.batch, self.length, self.d_state) for _ in "BC"),
                 self.empty(self.batch, self.d_inner, self.d_state),
             )
             self.run(self.kernels.backward, *self.operands, saved.numpy(), *grads, *(o.numpy() for o in out), guarded)
@@ -166,7 +166,7 @@ class _Selective:
         return g_x, g_decay, g_write, g_A, g_B.sum(0), g_C.sum(0), g_h0
 
     def empty(self, *shape: int) -> Tensor:
-        return torch.empty(shape, dtype=self.like.dtype)
+        return torch.empty(shape, dtype=self.like.dtype, device=self.like.device)
 
     def run(self, kernel: Callable[..., None], *args: Any) -> None:
         work = self.batch * self.length * self.d_inner * self.d_state
@@ -195,7 +195,7 @@ class _Scan(torch.autograd.Function):
         if torch.is_grad_enabled():
             return _by_definition(ctx, reference.scan, (decay, write, h0), (grad,))
         g_decay, g_write = (pages.empty(tuple(write.shape), write.dtype) for _ in range(2))
-        g_h0 = torch.empty((write.shape[0], *write.shape[2:]), dtype=write.dtype)
+        g_h0 = torch.empty((write.shape[0], *write.shape[2:]), dtype=write.dtype, device=write.device)
         given = (_lanes(decay, 2), _lanes(h0, 1, write), _lanes(states, 2), _lanes(grad, 2))
         _run_scan(
             kernels.scan_backward, kernels.WIDTH, (*given, _lanes(g_decay, 2), _lanes(g_write, 2), _lanes(g_h0, 1))
@@ -214,7 +214,7 @@ def _wants_grad(operands: Sequence[Tensor | None]) -> bool:
 def _array(tensor: Tensor | None, like: Tensor, dim: int) -> np.ndarray:
     """The tensor's memory, or a copy if it is not contiguous; an empty array where there is no tensor."""
     if tensor is None:
-        return torch.empty((0,) * dim, dtype=like.dtype).numpy()
+        return torch.empty((0,) * dim, dtype=like.dtype, device="cpu").numpy()
     return tensor.detach().contiguous().numpy()
 
 

@@ -239,11 +239,11 @@ def legs(d_state: int) -> System:
     each conjugate pair of eigenvectors the one whose value has a positive imaginary part is kept, in rising order, and
     turned so that its entry of P is real and positive: B is then √2 P.
     """
-    order = torch.arange(2 * d_state, dtype=torch.float64)
+    order = torch.arange(2 * d_state, dtype=torch.float64, device="cpu")
     weight = (2 * order + 1).sqrt()
     # Below the diagonal A + P Pᵀ is −½ of the product, above it ½, and −½ on it.
     skew = -torch.outer(weight, weight).tril(-1) / 2
     values, vectors = torch.linalg.eigh(-1j * (skew - skew.mT))
     P = (vectors[:, d_state:].conj().mT @ (order + 0.5).sqrt().to(vectors.dtype)).abs().to(vectors.dtype)[None]
-    diagonal = torch.complex(torch.full((d_state,), -0.5, dtype=torch.float64), values[d_state:])[None]
+    diagonal = torch.complex(order.new_full((d_state,), -0.5), values[d_state:])[None]
     return System(diagonal, P, math.sqrt(2) * P)

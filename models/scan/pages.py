@@ -25,7 +25,7 @@ VECTOR = 32
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """``torch.empty`` on the CPU; a large one is advised to lie in huge pages before anyone touches it."""
-    tensor = torch.empty(shape, dtype=dtype)
+    tensor = torch.empty(shape, dtype=dtype, device="cpu")
     size = math.prod(shape) * dtype.itemsize
     advise = _advise() if size >= LEAST else None
     if advise is not None:
