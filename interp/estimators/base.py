@@ -9,7 +9,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hooks.errors import TooLarge
+from hooks.memory import free_memory
 from interp.arguments import whole_number
+
+ENTRIES = 2**20
+"""Numbers of one temporary of ``in_parts``: 8 MB, which a cache holds."""
 
 
 class Pairs(Protocol):
@@ -33,6 +38,21 @@ Estimator = Callable[[Pairs], Tensor]
 def exact(pairs: Pairs) -> tuple[Float[Tensor, "batch n_pairs d"], Float[Tensor, "batch n_pairs"]]:
     """(x, y) in fp64 on the CPU, cut off from any gradient."""
     return pairs.x.detach().cpu().double(), pairs.y.detach().cpu().double()
+
+
+def in_parts(function: Callable[..., Tensor], per_prompt: int, *tensors: Tensor) -> Tensor:
+    """``function`` of some prompts at a time, along axis 0, where each needs a temporary of ``per_prompt`` numbers."""
+    size = max(1, ENTRIES // max(1, per_prompt))
+    return torch.cat([function(*part) for part in zip(*(tensor.split(size) for tensor in tensors), strict=True)])
+
+
+def room_for(numbers: int, what: str, hint: str) -> None:
+    """Nothing, if so many fp64 numbers fit in half of the free memory; else ``TooLarge``, before they are made."""
+    limit = free_memory(torch.device("cpu")) // 2
+    if 8 * numbers > limit:
+        raise TooLarge(
+            f"{what} take {8 * numbers / 1e9:.3g} GB, allowed are {limit / 1e9:.3g}, half of what is free: {hint}"
+        )
 
 
 def only(ks: Sequence[int] | None, n_pairs: int) -> list[int]:

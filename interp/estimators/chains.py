@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hooks.errors import BadArgument
 from interp.arguments import between, whole_number
+from interp.estimators.base import room_for
 
 
 def add_beta(
@@ -73,8 +74,9 @@ def contexts(
 ) -> tuple[Int[Tensor, "batch n_pairs"], Bool[Tensor, "batch n_pairs"]]:
     """The context before each example, as a number in base ``n_symbols`` (newest symbol last), and whether it is whole.
 
-    The number is 0 where the context is not whole.
+    The number is 0 where the context is not whole. Raises ``TooLarge`` where a table of all contexts would not fit.
     """
+    room_for(len(y) * n_symbols ** (order + 1), f"counts in {n_symbols}^{order} contexts", "give a smaller order")
     count = torch.arange(y.shape[1], device=y.device)
     begins = torch.zeros_like(y)
     begins[:, 1:] = torch.where(y == n_symbols, count + 1, 0)[:, :-1]

@@ -1,4 +1,4 @@
-"""The last step of each solver of ``interp.estimators.iterative``, which has all steps."""
+"""The last step of each solver of ``interp.estimators.iterative``, which has the others too; those are not kept."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from interp.estimators.base import Estimator
 
 def gd(steps: int, rate: float | None = None) -> Estimator:
     """``steps`` steps of gradient descent from w = 0 (``iterative.gd_path``); towards ``ols``."""
-    return _tried(lambda pairs: iterative.gd_path(pairs.x, pairs.y, steps, rate)[-1])
+    return _tried(lambda pairs: iterative.gd_path(pairs.x, pairs.y, [steps], rate)[-1])
 
 
 def gdpp(
@@ -24,12 +24,12 @@ def gdpp(
     form: str = "iterated",
 ) -> Estimator:
     """``steps`` steps of GD++, preconditioned by I - γ A (``iterative.gdpp_path`` says how); towards ``ols``."""
-    return _tried(lambda pairs: iterative.gdpp_path(pairs.x, pairs.y, steps, rate, gamma, form)[-1])
+    return _tried(lambda pairs: iterative.gdpp_path(pairs.x, pairs.y, [steps], rate, gamma, form)[-1])
 
 
 def newton(steps: int) -> Estimator:
     """``steps`` steps of Newton's iteration for the inverse (``iterative.newton_path``); towards ``ols``, fast."""
-    return _tried(lambda pairs: iterative.newton_path(pairs.x, pairs.y, steps)[-1])
+    return _tried(lambda pairs: iterative.newton_path(pairs.x, pairs.y, [steps])[-1])
 
 
 def online_gd(rate: float, forgetting: float = 1.0, form: str = "residual") -> Estimator:

@@ -18,8 +18,9 @@ Sources: arXiv 2212.07677 (GD++), 2310.17086 (Newton), 2509.23779 §3 (online de
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from einops import einsum
@@ -28,6 +29,7 @@ from torch import Tensor
 
 from hooks.errors import BadArgument
 from interp.arguments import one_of, whole_number
+from interp.estimators.base import in_parts, room_for
 
 ABSENT = 1e-13
 """An eigenvalue smaller than this, relative to the largest, is rounding of the decomposition."""
@@ -35,6 +37,8 @@ ABSENT = 1e-13
 X = Float[Tensor, "batch n_pairs d"]
 Y = Float[Tensor, "batch n_pairs"]
 Path = Float[Tensor, "step batch n_pairs"]
+Steps = int | Sequence[int]
+"""``t``: after 0, 1, … t steps; ``[t, …]``: after these alone, ascending, and nothing is kept of the others."""
 Eigen = Float[Tensor, "batch n_pairs d"]
 
 
@@ -53,47 +57,46 @@ class Spectrum:
     def of(x: X, y: Y) -> Spectrum:
         """The spectrum for every prompt and k, in fp64 on the CPU; all zero at k = 0."""
         inputs, labels = x.detach().cpu().double(), y.detach().double().cpu()
-        count = torch.arange(x.shape[1], dtype=inputs.dtype, device=inputs.device).clamp(min=1)
-        covariance = sums_before(einsum(inputs, inputs, "b k i, b k j -> b k i j")) / count[:, None, None]
-        moment = sums_before(labels[..., None] * inputs) / count[:, None]
-        values, vectors = torch.linalg.eigh(covariance)
-        present = values > ABSENT * values[..., -1:].clamp(min=0)
-        along = einsum(vectors, inputs, "b k i v, b k i -> b k v")
-        products = along * einsum(vectors, moment, "b k i v, b k i -> b k v")
-        return Spectrum(values * present, products * present)
+        n, n_pairs, d = inputs.shape
+        room_for(4 * n * n_pairs * d, f"the eigenvalues of {n} × {n_pairs} examples of d={d}", "give fewer prompts")
+        values, products = in_parts(_eigen, n_pairs * d * d, inputs, labels).unbind(1)
+        return Spectrum(values, products)
 
-    def predict(self, missing: Float[Tensor, "step batch n_pairs d"]) -> Path:
-        """Predictions of the filters (1 - missing) / λ, one for each step."""
-        safe = self.values.masked_fill(self.values == 0, 1.0)
-        return einsum((1 - missing) / safe, self.products, "step b k v, b k v -> step b k")
+    def predict(self, missing: Iterable[Eigen]) -> Path:
+        """Predictions of the filters (1 - missing) / λ, one for each step; one step's is held at a time."""
+        weight = self.products / self.values.masked_fill(self.values == 0, 1.0)
+        return torch.stack([einsum(1 - share, weight, "b k v, b k v -> b k") for share in missing])
 
     def best_rate(self, values: Eigen | None = None) -> Float[Tensor, "batch n_pairs 1"]:
-        """2 / (λ_max + λ_min) over the directions that are present: the fastest fixed step. 0 at k = 0."""
+        """2 / (λ_max + λ_min) over the directions that are present: the fastest fixed step. 0 at k = 0.
+
+        And 0 where all ``values`` are below fp64, as those of GD++ are after 900 steps: nothing is missing by then.
+        """
         values = self.values if values is None else values
         present = self.values > 0
         low = values.masked_fill(~present, torch.inf).amin(-1, keepdim=True)
-        total = values.amax(-1, keepdim=True) + low
-        return torch.where(total.isfinite(), 2 / total, 0.0)
+        rate = 2 / (values.amax(-1, keepdim=True) + low)
+        return torch.where(rate.isfinite(), rate, 0.0)
 
 
-def gd_path(x: X, y: Y, steps: int, rate: float | None = None, *, spectrum: Spectrum | None = None) -> Path:
+def gd_path(x: X, y: Y, steps: Steps, rate: float | None = None, *, spectrum: Spectrum | None = None) -> Path:
     """Predictions of gradient descent after 0, 1, … ``steps`` steps from w = 0: entry t is after t steps.
 
     w ← w - rate (A w - b), the gradient of (1/2k) Σ_{i<k} (y_i - w·x_i)². ``rate=None`` is 2 / (λ_max + λ_min) of each
     prompt and k, λ_min the smallest that is not zero; the path then ends at least squares of minimum norm. A number is
     the same for all; it diverges where it exceeds 2 / λ_max. ``spectrum``: of the same x and y, if it is at hand.
     """
-    whole_number("steps", steps, least=0)
+    asked = _asked(steps, y)
     of = spectrum or Spectrum.of(x, y)
     eta = of.best_rate() if rate is None else positive("rate", rate)
     shrink = 1 - eta * of.values
-    return of.predict(torch.stack([shrink**t for t in range(steps + 1)])).to(y)
+    return of.predict(shrink**t for t in asked).to(y)
 
 
 def gdpp_path(
     x: X,
     y: Y,
-    steps: int,
+    steps: Steps,
     rate: float | None = None,
     gamma: float | None = None,
     form: str = "iterated",
@@ -110,38 +113,44 @@ def gdpp_path(
     ``gamma=None`` is 1 / (3 λ_max), the largest that keeps the eigenvalues in order. With both the path ends at least
     squares.
     """
-    whole_number("steps", steps, least=0)
+    asked = _asked(steps, y)
     one_of("form", form, ("iterated", "once"))
     of = spectrum or Spectrum.of(x, y)
-    values = of.values
-    missing = torch.ones_like(values)
-    path = [missing]
-    if form == "once":
-        values = _rounder(values, gamma)
-    for _ in range(steps):
-        eta = of.best_rate(values) if rate is None else positive("rate", rate)
-        missing = missing * (1 - eta * values)
-        path.append(missing)
-        if form == "iterated":
+
+    def shares() -> Iterator[Eigen]:
+        values = of.values
+        missing = torch.ones_like(values)
+        if form == "once":
             values = _rounder(values, gamma)
-    return of.predict(torch.stack(path)).to(y)
+        while True:
+            yield missing
+            eta = of.best_rate(values) if rate is None else positive("rate", rate)
+            missing = missing * (1 - eta * values)
+            if form == "iterated":
+                values = _rounder(values, gamma)
+
+    return of.predict(_after(asked, shares())).to(y)
 
 
-def newton_path(x: X, y: Y, steps: int, *, spectrum: Spectrum | None = None) -> Path:
+def newton_path(x: X, y: Y, steps: Steps, *, spectrum: Spectrum | None = None) -> Path:
     """Predictions of w = M_t b after 0, 1, … ``steps`` steps of M ← M (2 I - A M) from M_0 = A / |A Aᵀ|_F.
 
     The iteration of Newton and Schulz for A's inverse (its pseudo-inverse where A is singular). Entry 0 is M_0 b and
     not zero; the missing share is squared at each step.
     """
-    whole_number("steps", steps, least=0)
+    asked = _asked(steps, y)
     of = spectrum or Spectrum.of(x, y)
     square = of.values.square()
     size = square.square().sum(-1, keepdim=True).sqrt()
     start = 1 - square / size.masked_fill(size == 0, 1.0)
-    path = [start]
-    for _ in range(steps):
-        path.append(path[-1].square())
-    return of.predict(torch.stack(path)).to(y)
+
+    def shares() -> Iterator[Eigen]:
+        missing = start
+        while True:
+            yield missing
+            missing = missing.square()
+
+    return of.predict(_after(asked, shares())).to(y)
 
 
 def online_gd_path(x: X, y: Y, settings: Sequence[tuple[float, float]], form: str = "residual") -> Path:
@@ -179,6 +188,36 @@ def sums_before(terms: Float[Tensor, "batch n_pairs *rest"]) -> Float[Tensor, "b
     sums = torch.zeros_like(terms)
     sums[:, 1:] = terms[:, :-1].cumsum(dim=1)
     return sums
+
+
+def _asked(steps: Steps, y: Y) -> list[int]:
+    """The steps whose predictions are kept, if there is room for them."""
+    if isinstance(steps, int) or not isinstance(steps, Sequence):
+        asked = list(range(whole_number("steps", steps, least=0) + 1))
+    else:
+        asked = sorted({whole_number("steps", t, least=0) for t in steps})
+    # Twice: in fp64, and in the dtype of y.
+    shape = " × ".join(map(str, (len(asked), *y.shape)))
+    room_for(2 * len(asked) * y.numel(), f"{shape} predictions", f"keep fewer steps, as steps=[{asked[-1]}]")
+    return asked
+
+
+def _after(asked: Sequence[int], shares: Iterable[Eigen]) -> Iterator[Eigen]:
+    """Of ``shares``, one for each step from 0 on, those after the steps ``asked``, which ascend."""
+    wanted = set(asked)
+    return (share for t, share in enumerate(islice(shares, asked[-1] + 1)) if t in wanted)
+
+
+def _eigen(x: X, y: Y) -> Float[Tensor, "batch two n_pairs d"]:
+    """The values and the products of a ``Spectrum``, side by side."""
+    count = torch.arange(x.shape[1], dtype=x.dtype).clamp(min=1)
+    covariance = sums_before(einsum(x, x, "b k i, b k j -> b k i j")) / count[:, None, None]
+    moment = sums_before(y[..., None] * x) / count[:, None]
+    values, vectors = torch.linalg.eigh(covariance)
+    present = values > ABSENT * values[..., -1:].clamp(min=0)
+    along = einsum(vectors, x, "b k i v, b k i -> b k v")
+    products = along * einsum(vectors, moment, "b k i v, b k i -> b k v")
+    return torch.stack([values * present, products * present], dim=1)
 
 
 def _rounder(values: Eigen, gamma: float | None) -> Eigen:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from einops import einsum
 from jaxtyping import Float
@@ -9,7 +11,7 @@ from torch import Tensor
 
 from hooks.errors import BadArgument, unknown
 from interp.arguments import one_of, whole_number
-from interp.estimators.base import Estimator, Pairs, exact
+from interp.estimators.base import Estimator, Pairs, exact, in_parts
 from interp.estimators.iterative import positive
 
 
@@ -22,7 +24,12 @@ def knn(neighbours: int = 3, weights: str = "uniform") -> Estimator:
     """
     whole_number("neighbours", neighbours, least=1)
     one_of("weights", weights, ("uniform", "distance"))
-    return lambda pairs: _nearest(pairs, neighbours, weights)
+
+    def predict(pairs: Pairs) -> Tensor:
+        x, y = exact(pairs)
+        return in_parts(partial(_nearest, neighbours, weights), y.shape[1] ** 2, x, y).to(pairs.y)
+
+    return predict
 
 
 def kernel_ridge(
@@ -54,11 +61,15 @@ def kernel_ridge(
     def predict(pairs: Pairs) -> Tensor:
         x = _coordinates(pairs, project)
         width = x.shape[-1] ** 0.5 if bandwidth is None else bandwidth
-        if kernel == "rbf":
-            similarity = torch.exp(-_distances(x).square() / (2 * width**2))
-        else:
-            similarity = (1 + einsum(x, x, "b k i, b l i -> b k l") / width**2) ** degree
-        return _regress(similarity, exact(pairs)[1], alpha).to(pairs.y)
+
+        def part(x: Tensor, y: Tensor) -> Tensor:
+            if kernel == "rbf":
+                similarity = torch.exp(-_distances(x).square() / (2 * width**2))
+            else:
+                similarity = (1 + einsum(x, x, "b k i, b l i -> b k l") / width**2) ** degree
+            return _regress(similarity, y, alpha)
+
+        return in_parts(part, x.shape[1] ** 2, x, exact(pairs)[1]).to(pairs.y)
 
     return predict
 
@@ -103,9 +114,8 @@ def _distances(x: Float[Tensor, "batch n_pairs r"]) -> Float[Tensor, "batch n_pa
     return torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")
 
 
-def _nearest(pairs: Pairs, neighbours: int, weights: str) -> Tensor:
-    """Mean label of the nearest earlier inputs, (batch, n_pairs)."""
-    x, y = exact(pairs)
+def _nearest(neighbours: int, weights: str, x: Tensor, y: Tensor) -> Float[Tensor, "batch n_pairs"]:
+    """Mean label of the nearest earlier inputs."""
     n_pairs = y.shape[1]
     later = torch.ones(n_pairs, n_pairs, dtype=torch.bool, device=y.device).triu()
     distance = _distances(x).masked_fill(later, torch.inf)
@@ -117,4 +127,4 @@ def _nearest(pairs: Pairs, neighbours: int, weights: str) -> Tensor:
     labels = y[:, None, :].expand(-1, n_pairs, -1).gather(-1, index)
     # Before the first pair no weight is above zero; the mean is then 0 and not 0 / 0.
     total = weight.sum(dim=-1)
-    return ((labels * weight).sum(dim=-1) / total.masked_fill(total == 0, 1.0)).to(pairs.y)
+    return (labels * weight).sum(dim=-1) / total.masked_fill(total == 0, 1.0)

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from einops import einsum
 from torch import Tensor
 
 from hooks.errors import BadArgument
-from interp.estimators.base import Estimator, Pairs, exact
+from interp.estimators.base import Estimator, Pairs, exact, in_parts
 from interp.estimators.iterative import positive, sums_before
-
-ENTRIES = 2**20
-"""Numbers of one temporary, (prompt, n_pairs, pool): 8 MB, which a cache holds."""
 
 
 def dmmse(pool: Tensor | Sequence[Sequence[float]], noise: float) -> Estimator:
@@ -31,9 +29,7 @@ def dmmse(pool: Tensor | Sequence[Sequence[float]], noise: float) -> Estimator:
         x, y = exact(pairs)
         if x.shape[2] != tasks.shape[1]:
             raise BadArgument(f"the pool has tasks of d={tasks.shape[1]} and x has d={x.shape[2]}; give one pool of it")
-        size = max(1, ENTRIES // (y.shape[1] * len(tasks)))
-        parts = [_posterior_mean(tasks, noise, *part) for part in zip(x.split(size), y.split(size), strict=True)]
-        return torch.cat(parts).to(pairs.y)
+        return in_parts(partial(_posterior_mean, tasks, noise), y.shape[1] * len(tasks), x, y).to(pairs.y)
 
     return predict
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from hooks.errors import BadArgument
+from hooks.errors import BadArgument, TooLarge
 from interp import estimators, seeds, tasks
 from interp.estimators import iterative
+from interp.estimators.chains import contexts
 
 Vector = NDArray[np.float64]
 
@@ -218,3 +221,53 @@ def test_wrong_options_are_refused() -> None:
     ):
         with pytest.raises(BadArgument, match=message):
             call()
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers that any one tensor made meanwhile holds."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = function(*args, **(kwargs or {}))
+        for tensor in found if isinstance(found, tuple | list) else (found,):
+            if isinstance(tensor, torch.Tensor):
+                self.numbers = max(self.numbers, tensor.numel())
+        return found
+
+
+@pytest.mark.contract
+@pytest.mark.parametrize("name", ["gd", "gdpp", "newton"])
+def test_only_what_is_asked_for_is_kept(name: str) -> None:
+    """However many steps: no tensor is larger than the one covariance of each example, and the answer is least
+    squares, which 2000 steps of each reach where there are twice as many pairs as dimensions."""
+    x, y = noisy(n=3, n_pairs=13, d=4)
+    batch = tasks.Batch(x, y, torch.tensor([0]), torch.tensor([0] * 13), x, y, {})
+    few, many = Largest(), Largest()
+    with few:
+        estimators.build(name, steps=1)(batch)
+    with many:
+        found = estimators.build(name, steps=2000)(batch)
+    assert 0 < many.numbers == few.numbers
+    torch.testing.assert_close(found[:, 8:], estimators.build("ols")(batch)[:, 8:], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.contract
+@pytest.mark.parametrize("path", [iterative.gd_path, iterative.gdpp_path, iterative.newton_path])
+def test_the_steps_that_are_named_are_those_of_the_whole_path(path: Any) -> None:
+    x, y = noisy()
+    whole = path(x, y, 7)
+    assert torch.equal(path(x, y, [5, 2, 7, 2]), whole[[2, 5, 7]])
+    assert torch.equal(path(x, y, [0]), whole[:1]) and not torch.equal(whole[0], whole[1])
+
+
+@pytest.mark.contract
+def test_what_does_not_fit_is_refused_with_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """4 prompts × 9 examples after 1001 steps, twice 8 bytes each: 0.577 MB of the 0.5 MB that are half of 1 MB."""
+    x, y = noisy(n=4)
+    monkeypatch.setattr("interp.estimators.base.free_memory", lambda device: 1_000_000)
+    with pytest.raises(TooLarge, match=r"1001 × 4 × 9 predictions take 0\.000577 GB, .*steps=\[1000\]"):
+        iterative.gd_path(x, y, 1000)
+    assert iterative.gd_path(x, y, [1000]).shape == (1, 4, 9)
+    with pytest.raises(TooLarge, match=r"counts in 9\^40 contexts"):
+        contexts(torch.zeros(4, 9, dtype=torch.int64), 9, 40)
