@@ -2,6 +2,7 @@
 # make test        the default tests (no GPU, no network, minutes on two cores)
 # make test-slow   the tests that `make test` leaves out
 # make bench       timings side by side with other implementations, as a table
+# make matrix      the default tests on every Python and at both ends of the version bounds; tests/matrix.md is its table
 # make check       formatter, linter, type checker, default tests
 # make format      let the formatter and the linter mend what they can
 # make figure      redraw the figures of the README
@@ -13,11 +14,14 @@
 # PYTHON=python3.12      the interpreter to build .venv from
 # TORCH_FLAGS='...'      further arguments for `pip install torch`, such as the index of a CPU or CUDA build
 # PYTEST_ARGS='-n 0 -x'  further arguments for pytest
+# CELLS='3.12-lowest'    some of the cells of `make matrix`; its environments (5 GB each, or 2) stay in MATRIX=.matrix
 
 PYTHON ?= python3
 VENV := .venv
 TORCH_FLAGS ?=
 PYTEST_ARGS ?=
+CELLS ?=
+MATRIX ?= .matrix
 
 PY := $(VENV)/bin/python
 # Compiled on first import: most of the thousands of modules that come along are never imported.
@@ -27,7 +31,7 @@ PYTEST := $(PY) -m pytest
 # What is imported is compiled once and kept, whatever the caller has set: without that every start takes 8 s more.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-slow bench check format figure clean
+.PHONY: demo test test-slow bench matrix check format figure clean
 
 demo: $(VENV)/.installed
 	$(PY) -m analyses.ablate_delta --task linreg
@@ -43,6 +47,9 @@ test-slow: $(VENV)/.installed-slow
 
 bench: $(VENV)/.installed-test
 	GOMP_SPINCOUNT=10000 $(PYTEST) tests/benchmarks -m benchmark -s --no-shape-checks $(PYTEST_ARGS)
+
+matrix:
+	$(PYTHON) tests/matrix.py $(CELLS) --folder $(MATRIX)
 
 check: $(VENV)/.installed-test
 	$(PY) -m ruff format --check .
