@@ -3,23 +3,32 @@
 A small model's forward is hundreds of tensor operations of a fraction of a millisecond, at which several threads wait
 for each other longer than they work. Whole pieces need not wait: each thread computes its own, and the interpreter's
 lock is free while tensors are computed.
+
+**No thread loads a library.** The loader's lock is held while a library is loaded, with the interpreter's lock, and
+while threadpoolctl (up to 3.6, in this project and in others that use it) looks for the loaded ones, without it: one of
+each at the same time wait for each other for ever. So what the pieces need is loaded before the first of them starts,
+and the linear algebra is looked for once.
 """
 
 from __future__ import annotations
 
 import ctypes
+import importlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import cache
 from queue import Empty, SimpleQueue
 from typing import TypeVar
 
 import torch
-from threadpoolctl import threadpool_limits
+from threadpoolctl import ThreadpoolController
 
 T = TypeVar("T")
 MOST = 4
 """Pieces at once: each holds tensors of its own."""
+LOADED_FIRST = ("numba",)
+"""What is imported only where it is needed, and by nearly every piece: the compiled scans."""
 
 
 def at_once(jobs: int, device: str | torch.device = "cpu") -> int:
@@ -41,6 +50,9 @@ def side_by_side(
     An error of a job, or Ctrl-C, is raised here after the other jobs have been stopped where they are.
     """
     workers = at_once(len(jobs), device)
+    if workers > 1:
+        for library in LOADED_FIRST:
+            importlib.import_module(library)
     with threads(each or torch.get_num_threads() // workers):
         if workers == 1:
             return [_then(job(), done) for job in jobs]
@@ -113,12 +125,18 @@ def _modes() -> Callable[[], AbstractContextManager[None]]:
 @contextmanager
 def threads(count: int) -> Iterator[None]:
     """Inside the block torch, and the linear algebra of numpy and scipy, work on ``count`` threads."""
-    import scipy.linalg  # noqa: F401  # brings a BLAS of its own, which can be limited once it is loaded
-
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
-        with threadpool_limits(count, user_api="blas"):
+        with _linear_algebra().limit(limits=count):
             yield
     finally:
         torch.set_num_threads(before)
+
+
+@cache
+def _linear_algebra() -> ThreadpoolController:
+    """The libraries behind the products of numpy and scipy."""
+    import scipy.linalg  # noqa: F401  # brings a BLAS of its own, which can be limited once it is loaded
+
+    return ThreadpoolController().select(user_api="blas")

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from threadpoolctl import threadpool_info
+from threadpoolctl import ThreadpoolController, threadpool_info
 
-from interp.workers import MOST, at_once, side_by_side, threads
+from interp.workers import MOST, _linear_algebra, at_once, side_by_side, threads
 
 pytestmark = pytest.mark.contract
 
@@ -159,3 +159,53 @@ def test_threads_limits_torch_and_linear_algebra() -> None:
     with threads(1):
         assert torch.get_num_threads() == 1 and blas() == {1}
     assert torch.get_num_threads() == 2 and blas() == before
+
+
+LOADED_IN_A_THREAD = """
+import importlib.machinery, sys, threading
+from functools import partial
+import torch
+
+found = []
+class Look(importlib.machinery.PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        spec = super().find_spec(name, path, target)
+        compiled = isinstance(getattr(spec, "loader", None), importlib.machinery.ExtensionFileLoader)
+        if compiled and threading.current_thread() is not threading.main_thread():
+            found.append(name)
+        return spec
+sys.meta_path.insert(0, Look)
+
+import models
+from interp.progress import progress
+from interp.workers import side_by_side
+torch.set_num_threads(2)
+made = [models.build("mamba", d_in=2, d_out=1, d_model=8, n_layers=1) for _ in range(2)]
+with torch.no_grad(), progress(2, "two") as tick:
+    side_by_side([partial(model, torch.zeros(2, 3, 2)) for model in made], tick)
+for other in threading.enumerate():
+    if other is not threading.main_thread() and other.name.startswith("Thread"):
+        other.join()
+assert "numba" in sys.modules  # the compiled scan has run
+print(" ".join(found))
+"""
+
+
+def test_no_thread_loads_a_compiled_library() -> None:
+    """A thread that does, and one that looks for the loaded libraries, wait for each other for ever."""
+    run = subprocess.run([sys.executable, "-c", LOADED_IN_A_THREAD], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split() == []
+
+
+def test_the_loaded_libraries_are_looked_through_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    with threads(1):
+        pass
+
+    def walk(self: ThreadpoolController) -> None:
+        raise AssertionError("the loaded libraries were looked through a second time")
+
+    monkeypatch.setattr(ThreadpoolController, "_load_libraries", walk)
+    with threads(1):
+        assert {pool["num_threads"] for pool in _linear_algebra().info()} == {1}
