@@ -30,6 +30,7 @@ from hooks.edit import Index
 from hooks.errors import BadArgument, TooLarge
 from hooks.inputs import readable
 from hooks.memory import free_memory
+from hooks.precision import exact
 from interp.contributions import Contributions, contributions
 from interp.inside import INSIDE, inside_of, taps_of
 from interp.pairs import all_pairs
@@ -135,7 +136,7 @@ def matrix(
         start, conv_bias, conv_init, put, skip, output = (
             part * gate for part in (start, conv_bias, conv_init, put, skip, output)
         )
-    rebuilt = (source[:, :, None] @ values.mT)[:, :, 0] + start + conv_bias + conv_init + put
+    rebuilt = exact(torch.matmul, source[:, :, None], values.mT)[:, :, 0] + start + conv_bias + conv_init + put
     error = float((rebuilt - output).abs().max())
     largest = float(output.abs().max())
     return Attention(

@@ -19,7 +19,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from einops import einsum
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -28,6 +27,7 @@ from hooks.edit import Edit, derangement
 from hooks.errors import BadArgument
 from hooks.inputs import readable
 from hooks.point import state_edits
+from hooks.precision import exact
 from hooks.propagate import StateEdit
 from hooks.sites import points
 from interp import stats
@@ -240,7 +240,7 @@ class _Scan:
             return self.read(states)
         if self.read is not None:
             return self.read(states, C)
-        return einsum(states, C, "batch pos d_inner n, batch pos n -> batch pos d_inner")
+        return exact(partial(torch.einsum, "bldn,bln->bld"), states, C)
 
 
 def _carried(

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Inexact
 from torch import Tensor
 
+from hooks.precision import exact
 from interp.recurrence import real
 
 TREE_NUMBERS = 1 << 20
@@ -80,5 +81,5 @@ def _by_channel(values: Tensor, size: int) -> Inexact[Tensor, "batch channel siz
 def _real_product(rows: Tensor, gains: Tensor) -> Tensor:
     """Re(rows · gainsᵀ)."""
     if not rows.is_complex():
-        return rows @ gains.mT
-    return rows.real @ gains.real.mT - rows.imag @ gains.imag.mT
+        return exact(torch.matmul, rows, gains.mT)
+    return exact(torch.matmul, rows.real, gains.real.mT) - exact(torch.matmul, rows.imag, gains.imag.mT)

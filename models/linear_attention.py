@@ -28,15 +28,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from einops import einsum, rearrange, repeat
+from einops import rearrange, repeat
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hooks.errors import BadArgument
 from hooks.point import emit, site, state_edits, watched
+from hooks.precision import exact
 from models.mamba import CausalConv
 from models.recurrence import recurrence
 from models.stack import LayerState, Stack
@@ -160,7 +162,7 @@ class LinearAttentionMixer(nn.Module):
     def read(self, states: Float[Tensor, "batch pos d_inner d_state"], C: Tensor) -> Inner:
         """y of ``hook_state``'s tensor and ``hook_C``'s: linear in the states."""
         by_head = rearrange(states, "batch pos (head value) n -> batch pos head value n", head=self.cfg.n_heads)
-        y = einsum(by_head, self._by_head(C), "batch pos head value n, batch pos head n -> batch pos head value")
+        y = exact(partial(torch.einsum, "blhvn,blhn->blhv"), by_head, self._by_head(C))
         return rearrange(y, "batch pos head value -> batch pos (head value)")
 
     def _scan(
@@ -175,8 +177,7 @@ class LinearAttentionMixer(nn.Module):
         states = recurrence(decay, write, h0, state_edits(self.hook_state))
         h_last = states[:, -1].clone()
         read = emit(self.hook_state, states, shared=states.requires_grad)
-        with torch.autocast(read.device.type, enabled=False):
-            return self.read(read, C), h_last
+        return self.read(read, C), h_last
 
     def _in_tiles(self, x: Inner, B: Tensor, C: Tensor, h0: State | None) -> tuple[Inner, State]:
         """The same without a tensor of states: quadratic within a tile, the state between tiles."""
@@ -187,10 +188,11 @@ class LinearAttentionMixer(nn.Module):
         pieces = []
         for start in range(0, x.shape[1], TILE):
             v, k, q = (part[:, :, start : start + TILE] for part in (values, keys, queries))
-            y = (q @ k.mT).tril() @ v
+            y = exact(torch.matmul, exact(torch.matmul, q, k.mT).tril(), v)
             if h is not None:
-                y = y + q @ h.mT
-            h = v.mT @ k if h is None else h + v.mT @ k
+                y = y + exact(torch.matmul, q, h.mT)
+            new = exact(torch.matmul, v.mT, k)
+            h = new if h is None else h + new
             pieces.append(y)
         assert h is not None  # an empty input is refused by the stack
         y = rearrange(torch.cat(pieces, dim=2), "batch head pos value -> batch pos (head value)")

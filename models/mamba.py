@@ -33,6 +33,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from einops import rearrange
@@ -42,6 +43,7 @@ from torch.nn import functional as F
 
 from hooks.errors import BadArgument, unknown
 from hooks.point import emit, only_read, plain_linear, site, state_edits, watched
+from hooks.precision import exact
 from models.recurrence import recurrence
 from models.scan import convolution, kernel, selective_scan, selective_scan_states, selective_states
 from models.stack import LayerState, Stack
@@ -213,8 +215,7 @@ class MambaMixer(nn.Module):
 
     def read(self, states: Float[Tensor, "batch pos d_inner d_state"], C: Float[Tensor, "batch pos d_state"]) -> Inner:
         """y of ``hook_state``'s tensor and ``hook_C``'s: linear in the states."""
-        with torch.autocast(states.device.type, enabled=False):  # the fused path is in at least fp32 as well
-            return torch.einsum("bldn,bln->bld", states, C)
+        return exact(partial(torch.einsum, "bldn,bln->bld"), states, C)
 
     def _scan(self, x: Inner, state: LayerState | None, return_state: bool) -> tuple[Inner, Tensor | None]:
         """C h (batch, pos, d_inner) and the last state; picks the path on the line before ``hook_decay``."""

@@ -34,6 +34,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,6 +45,7 @@ from torch.nn import functional as F
 
 from hooks.errors import BadArgument
 from hooks.point import emit, only_read, site, state_edits, watched
+from hooks.precision import exact
 from models.recurrence import recurrence
 from models.scan import constant_pair_states, convolution, kernel, pair_scan
 from models.stack import LayerState, Stack
@@ -126,9 +128,7 @@ class S4DMixer(nn.Module):
 
     def read(self, states: Float[Tensor, "batch pos d_inner re_im"]) -> Inner:
         """y = 2 Re(C h) of ``hook_state``'s tensor: linear in the states, C being a weight."""
-        # In at least fp32 under autocast too.
-        with torch.autocast(states.device.type, enabled=False):
-            return einsum(states, self._read_out(states.dtype), "batch pos d_inner n, d_inner n -> batch pos d_inner")
+        return exact(partial(torch.einsum, "bldn,dn->bld"), states, self._read_out(states.dtype))
 
     def _scan(self, x: Inner, given: Tensor | None, return_state: bool) -> tuple[Inner, Pair | None]:
         """2 Re(C h) (batch, pos, d_inner) and, where it is asked for, the last state."""

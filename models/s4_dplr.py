@@ -28,13 +28,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from einops import einsum, rearrange
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from hooks.point import emit, site, state_edits, watched
+from hooks.precision import exact
 from models.recurrence import recurrence
 from models.s4 import Inner, Pair, S4DConfig, Weights, around, constant, initial_state, pair, unpair
 from models.scan import convolution, dplr
@@ -96,8 +98,7 @@ class S4Mixer(nn.Module):
 
     def read(self, states: Float[Tensor, "batch pos d_inner re_im"]) -> Inner:
         """y = 2 Re(C h) of ``hook_state``'s tensor: linear in the states, C being a weight."""
-        with torch.autocast(states.device.type, enabled=False):
-            return einsum(states, pair(self._read(states.dtype)), "batch pos d_inner n, d_inner n -> batch pos d_inner")
+        return exact(partial(torch.einsum, "bldn,dn->bld"), states, pair(self._read(states.dtype)))
 
     def system(self, dtype: torch.dtype) -> dplr.System:
         """Λ, P and B of every channel, complex, computed in ``dtype`` (real)."""
@@ -118,12 +119,10 @@ class S4Mixer(nn.Module):
         forgets = constant(delta_decay) if looked_at else step
         writes = constant(delta_write) if looked_at else step
         varying = forgets.ndim == 3 or writes.ndim == 3
-        # The products of states and kernels are in at least fp32 under autocast too.
-        with torch.autocast(x.device.type, enabled=False):
-            system = self.system(wide)
-            if varying or watched(self.hook_transition, self.hook_write, self.hook_state):
-                return self._recur(x, forgets, writes, system, h0)
-            return self._convolve(x, forgets, writes, system, h0, return_state)
+        system = self.system(wide)
+        if varying or watched(self.hook_transition, self.hook_write, self.hook_state):
+            return self._recur(x, forgets, writes, system, h0)
+        return self._convolve(x, forgets, writes, system, h0, return_state)
 
     def _recur(
         self, x: Inner, forgets: Tensor, writes: Tensor, system: dplr.System, h0: Pair | None

@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ from torch.nn import functional as F
 
 from hooks.errors import BadArgument
 from hooks.point import emit, site, state_edits, watched
+from hooks.precision import exact
 from models.recurrence import recurrence
 from models.s4 import initial_state
 from models.scan import selective_scan
@@ -152,7 +154,7 @@ class TheoryMixer(nn.Module):
 
     def read(self, states: Float[Tensor, "batch pos d_inner d_state"], C: Key) -> Inner:
         """y of ``hook_state``'s tensor and ``hook_C``'s: linear in the states."""
-        return torch.einsum("bldn,bln->bld", states, C)
+        return exact(partial(torch.einsum, "bldn,bln->bld"), states, C)
 
     def _selection(self, r: Residual, x: Inner) -> tuple[Inner, Inner]:
         """−log of the decay, and the factor by which the token is written."""
@@ -179,8 +181,7 @@ class TheoryMixer(nn.Module):
         states = recurrence(survives, written, h0, state_edits(self.hook_state))
         h_last = states[:, -1].clone()
         read = emit(self.hook_state, states, shared=states.requires_grad)
-        with torch.autocast(read.device.type, enabled=False):
-            return self.read(read, C), h_last
+        return self.read(read, C), h_last
 
 
 class TheoryBlock(nn.Module):

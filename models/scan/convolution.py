@@ -9,6 +9,7 @@ With h_t = decay ⊙ h_{t−1} + write x_t from h = 0 and y_t = Σ_n read[n] h_t
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hooks.errors import BadArgument
+from hooks.precision import exact
 
 DIRECT = 256
 """Longest sequence that is convolved as a matrix product, whose cost grows with the square of the length."""
@@ -43,7 +45,7 @@ def kernel(
         raise BadArgument(f"length is {length}; a kernel has at least one tap")
     # repeated multiplication rather than decay ** l: exact at 0, and no logarithm whose phase loses digits with l
     powers = torch.cat([torch.ones_like(decay)[..., None], decay[..., None].expand(-1, -1, length - 1)], -1)
-    taps = torch.einsum("dn,dnl->dl", read * write, torch.cumprod(powers, -1))
+    taps = exact(partial(torch.einsum, "dn,dnl->dl"), read * write, torch.cumprod(powers, -1))
     return taps.real if taps.is_complex() else taps
 
 
@@ -78,7 +80,7 @@ def _direct(x: Float[Tensor, "batch pos channels"], kernel: Float[Tensor, "chann
     """Product with the lower-triangular Toeplitz matrix T[t, s] = kernel[t − s]: a window sliding over the taps."""
     windows = F.pad(kernel, (kernel.shape[1] - 1, 0)).unfold(1, kernel.shape[1], 1)
     toeplitz = rearrange(windows.flip(2), "channels t s -> channels s t")
-    y = torch.bmm(rearrange(x, "batch s channels -> channels batch s").contiguous(), toeplitz)
+    y = exact(torch.bmm, rearrange(x, "batch s channels -> channels batch s").contiguous(), toeplitz)
     return rearrange(_OneGradient.apply(y), "channels batch t -> batch t channels").contiguous()
 
 

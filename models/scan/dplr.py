@@ -28,6 +28,8 @@ from einops import rearrange
 from jaxtyping import Complex, Float
 from torch import Tensor
 
+from hooks.precision import exact
+
 CAUCHY = 128
 """Longest response that is computed in blocks; a longer one is computed by the Cauchy kernel."""
 
@@ -217,14 +219,14 @@ def _dots(
     h: Complex[Tensor, "channels left n"], q: Complex[Tensor, "channels right n"]
 ) -> Float[Tensor, "channels left right"]:
     """⟨q, h⟩ of every pair, as one real matrix product for each channel."""
-    return _flat(h) @ _flat(q).mT
+    return exact(torch.matmul, _flat(h), _flat(q).mT)
 
 
 def _combine(
     weights: Float[Tensor, "channels left right"], vectors: Complex[Tensor, "channels right n"]
 ) -> Complex[Tensor, "channels left n"]:
     """Σ_j weights[j] vectors[j]."""
-    return torch.view_as_complex((weights @ _flat(vectors)).unflatten(-1, (-1, 2)))
+    return torch.view_as_complex(exact(torch.matmul, weights, _flat(vectors)).unflatten(-1, (-1, 2)))
 
 
 def _flat(z: Complex[Tensor, "channels m n"]) -> Float[Tensor, "channels m both"]:

@@ -7,6 +7,7 @@ pairs. Where a decay is 0 nothing of the past arrives, not even the NaN of 0 · 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hooks.precision import exact
 from hooks.threads import run
 from models.scan import pages
 
@@ -39,8 +41,7 @@ def constant_states(
         write = gain * x[..., None]
         start = torch.zeros_like(write[:, 0]) if h0 is None else h0
         states = _in_torch(decay.expand_as(write), write, start)
-        with torch.autocast(x.device.type, enabled=False):
-            return torch.einsum("bldn,dn->bld", states, read), states
+        return exact(partial(torch.einsum, "bldn,dn->bld"), states, read), states
     from models.scan import pair_kernels as kernels  # numba: half a second that only those pay who scan
 
     y, states = torch.empty_like(x), pages.empty((*x.shape, decay.shape[1]), x.dtype)
