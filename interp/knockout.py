@@ -33,6 +33,7 @@ from hooks.sites import points
 from interp import stats
 from interp.arguments import one_of, whole_number
 from interp.metric import Metric, one_arithmetic, one_number
+from interp.recurrence import FACTORS, refuse_real_factors
 
 Mask = Bool[Tensor, "prompts source target"]
 """Which source reaches which target no more; one prompt's mask serves all."""
@@ -56,8 +57,8 @@ def knock_out(
     that are a factor and an offset (``do_state``, ``scale``, ``freeze`` …) are reckoned with whatever the transition,
     wherever they are made: what one puts into h_s counts as written by s. Others are refused in the run. One with
     ``readout_only`` is not seen: the pairs are taken out as t reads them without it.
-    Raises :class:`BadArgument` for a target before its source, an empty list, and a model that lacks a site, which it
-    names.
+    Raises :class:`BadArgument` for a target before its source, an empty list, a transition with real factors, and a
+    model that lacks a site, which it names.
     """
     chosen = _Chosen(pairs)
     ways = {one_of("inside", way, WAYS) for way in ([inside] if isinstance(inside, str) else inside)}
@@ -180,13 +181,14 @@ class _Scan:
 
     def __init__(self, model: Any, layer: int, chosen: _Chosen) -> None:
         self.stem, self.chosen = (stem := f"blocks.{layer}.mixer."), chosen
-        self.forgets = "hook_transition" if stem + "hook_transition" in model.hook_dict else "hook_decay"
+        self.forgets = FACTORS if stem + FACTORS in model.hook_dict else "hook_decay"
         self.kinds = [self.forgets, "hook_write"]
         # (states, C), or (states) where C is a weight: linear in the states.
         self.read: Callable[..., Tensor] | None = getattr(getattr(model.blocks[layer], "mixer", None), "read", None)
         if self.read is None or stem + "hook_C" in model.hook_dict:
             self.kinds.insert(0, "hook_C")
         _require(model, stem, (*self.kinds, "hook_y"))
+        refuse_real_factors(model, stem, "knock_out()")
         self.parts: int = getattr(model.hook_dict[stem + "hook_write"], "parts", 1)
         self.state = model.hook_dict.get(stem + "hook_state")
         self.seen: dict[str, Tensor] = {}

@@ -147,6 +147,20 @@ def _through_factors(adjoint: Inexact[Tensor, "*shape n"], factors: Inexact[Tens
     return adjoint * diagonal + row.conj() * real((adjoint * column).sum(-1, keepdim=True))
 
 
+def refuse_real_factors(model: Any, stem: str, asked: str) -> None:
+    """Raise :class:`BadArgument` where the factors at ``stem`` are real, for who reads them as complex pairs.
+
+    A mixer says which by ``site("hook_transition", parts=2)``. No shape would tell: half of the states would be
+    multiplied as if they were the imaginary parts of the other half.
+    """
+    point = model.hook_dict.get(stem + FACTORS)
+    if point is not None and getattr(point, "parts", 1) != 2:
+        raise BadArgument(
+            f"{asked} reads transitions as pairs of real and imaginary parts, and {stem + FACTORS} holds real factors: "
+            "there is attention.matrix() and contributions() for these"
+        )
+
+
 def real(values: Inexact[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """The real part."""
     return values.real if values.is_complex() else values

@@ -25,6 +25,7 @@ from torch import Tensor
 from hooks.errors import BadArgument
 from interp import seeds
 from interp.arguments import whole_number
+from interp.recurrence import FACTORS, refuse_real_factors
 from interp.states.reading import missing, need, walk
 
 SITES = ("hook_state", "hook_decay", "hook_write")
@@ -57,10 +58,14 @@ class Forgetting:
 def forgetting(model: Any, tokens: Tensor, position: int) -> Forgetting:
     """The quantities of :class:`Forgetting` for states that start at zero, positions 0 … ``position``.
 
-    Raises :class:`BadArgument`, with the sites that are missing, for a model that has neither decays nor transitions.
+    Raises :class:`BadArgument`, with the sites that are missing, for a model that has neither decays nor transitions,
+    and for transitions with real factors.
     """
     sites = FACTORED if not missing(model, FACTORED) else SITES
     need(model, sites, "what is left of a write")
+    for name in model.hook_dict:
+        if name.endswith(FACTORS):
+            refuse_real_factors(model, name.removesuffix(FACTORS), "forgetting()")
     parts: list[list[tuple[Tensor, ...]]] = []
     gaps: list[list[Tensor]] = []
     for _, layers in walk(model, tokens[:, : position + 1], sites):

@@ -441,3 +441,14 @@ def test_what_cannot_be_knocked_out_is_refused_in_one_line(x: Tensor) -> None:
         with pytest.raises(BadArgument, match=message), hooks.edit(model, patch.knock_out(model, pairs)):
             model(x)
     assert left_on(model) == []
+
+
+@pytest.mark.contract
+def test_real_factors_are_refused_before_any_run() -> None:
+    """They would be multiplied as if half of the states were imaginary parts of the other half."""
+    model = build("s4")
+    patch.knock_out(model, [(0, 1)])
+    model.hook_dict["blocks.1.mixer.hook_transition"].parts = 1  # what a delta rule would say of its factors
+    with pytest.raises(BadArgument, match=r"^knock_out\(\) reads .*hook_transition holds real factors[^\n]+$"):
+        patch.knock_out(model, [(0, 1)])
+    assert model.runs == 0

@@ -179,3 +179,13 @@ def test_the_first_token_and_wrong_thresholds() -> None:
     for threshold in (0.0, 1.0, math.nan):
         with pytest.raises(BadArgument, match="reset="):
             reset_events(slow, threshold)
+
+
+@pytest.mark.contract
+def test_transitions_with_real_factors_are_refused() -> None:
+    model = models.build("s4", d_model=4, n_layers=2, d_state=2, d_in=3)
+    tokens = torch.randn(2, 5, 3)
+    forgetting(model, tokens, 4)
+    model.hook_dict["blocks.1.mixer.hook_transition"].parts = 1
+    with pytest.raises(BadArgument, match=r"^forgetting\(\) reads .*blocks.1.mixer.hook_transition holds real factors"):
+        forgetting(model, tokens, 4)
