@@ -210,7 +210,7 @@ def _after(asked: Sequence[int], shares: Iterable[Eigen]) -> Iterator[Eigen]:
 
 def _eigen(x: X, y: Y) -> Float[Tensor, "batch two n_pairs d"]:
     """The values and the products of a ``Spectrum``, side by side."""
-    count = torch.arange(x.shape[1], dtype=x.dtype).clamp(min=1)
+    count = torch.arange(x.shape[1], dtype=x.dtype, device=x.device).clamp(min=1)
     covariance = sums_before(einsum(x, x, "b k i, b k j -> b k i j")) / count[:, None, None]
     moment = sums_before(y[..., None] * x) / count[:, None]
     values, vectors = torch.linalg.eigh(covariance)
