@@ -180,7 +180,7 @@ def _rivals(subject: Subject, batch: Batch, others: Batch, config: Config) -> li
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         fresh = models.build(subject.model.architecture, **asdict(subject.model.cfg)).eval()
-    found = {"untrained": fresh.to(config.device)}
+    found = {"untrained": fresh.to(next(subject.model.parameters()))}
     for name in (f"{stem}-{config.task}" for stem in RIVALS):
         if name in models.names() and name != subject.name:
             rival = models.load(name).to(config.device)
@@ -323,6 +323,7 @@ def _checks(
     from interp import cards, evaluate, seeds
     from interp.ablation.controls import identity
     from interp.ablation.effects import MEANS
+    from interp.metric import rounding
     from interp.result import Check
     from interp.tasks.base import guess
 
@@ -345,7 +346,9 @@ def _checks(
         Check.at_most("identity edit on the exposed path: largest change", float((again - exposed).abs().max()), 0.0)
     )
     checks.append(
-        Check.at_most("fused against exposed path, relative", float((fused - exposed).abs().max()) / size, FP32)
+        Check.at_most(
+            "fused against exposed path, relative", float((fused - exposed).abs().max()) / size, rounding(model, FP32)
+        )
     )
     other = task.corrupt(runs.batch, seeds.generator("corrupt", seed))
     wrong = evaluate.errors(model, task, batch=replace(runs.batch, targets=other.targets))
@@ -364,7 +367,11 @@ def _checks(
                 for cell, error in beside[rival.name].items()
                 if cell.mode in (*MEANS, "resample")
             )
-            checks.append(Check.at_most(f"{rival.name}: Δ has no content to lose, largest change", most, FP32 * 10))
+            checks.append(
+                Check.at_most(
+                    f"{rival.name}: Δ has no content to lose, largest change", most, rounding(rival.model, FP32 * 10)
+                )
+            )
             least = min(
                 float((error - rival.runs.clean).abs().max())
                 for cell, error in beside[rival.name].items()

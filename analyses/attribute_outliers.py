@@ -238,7 +238,7 @@ def _untrained(subjects: Subjects, config: Config) -> Root:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         fresh = models.build(subjects.model.architecture, **asdict(subjects.model.cfg))
-    return fresh.to(config.device).eval()
+    return fresh.to(next(subjects.model.parameters())).eval()
 
 
 @dataclass(frozen=True)
@@ -313,8 +313,9 @@ def _classes(batch: Batch) -> bool:
 def _checks(found: Findings, subjects: Subjects, untrained: Root, count: int, seed: int) -> list[Check]:
     """What must hold for the numbers to mean anything."""
     from interp import cards, evaluate
+    from interp.metric import rounding
     from interp.outliers.edits import run as predict
-    from interp.outliers.parts import BOUNDS
+    from interp.outliers.parts import BOUNDS, PRODUCTS, SHARES, SUMS
     from interp.result import Check
 
     checks = []
@@ -339,8 +340,13 @@ def _checks(found: Findings, subjects: Subjects, untrained: Root, count: int, se
     if exposed is not None:
         size = float(fused.abs().max()) or 1.0
         gap = float((fused - exposed).abs().max()) / size
-        checks.append(Check.at_most("fused against exposed path, relative", gap, 1e-4))
-    checks += [Check.at_most(name, value, BOUNDS[name]) for name, value in found.checks.items()]
+        checks.append(Check.at_most("fused against exposed path, relative", gap, rounding(model, 1e-4)))
+    # The worst of all models that are asked, so the widest rounding of theirs.
+    widest = {
+        name: max(rounding(one, BOUNDS[name]) for one in subjects.models.values()) for name in (SUMS, PRODUCTS, SHARES)
+    }
+    bounds = {**BOUNDS, **widest}
+    checks += [Check.at_most(name, value, bounds[name]) for name, value in found.checks.items()]
     return checks
 
 

@@ -168,7 +168,7 @@ def _untrained(model: Root, config: Config) -> Any:
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        return models.build(model.architecture, **asdict(model.cfg)).eval().to(config.device)
+        return models.build(model.architecture, **asdict(model.cfg)).eval().to(next(model.parameters()))
 
 
 def _trained(model: Root) -> int:
@@ -262,6 +262,7 @@ def _checks(studies: list[Study], loaded: list[Root], alike: Alike, asked: Plan)
     import numpy as np
 
     from interp import cards
+    from interp.metric import rounding
     from interp.result import Check
 
     checks = []
@@ -273,7 +274,11 @@ def _checks(studies: list[Study], loaded: list[Root], alike: Alike, asked: Plan)
             checks.append(Check.at_most(f"{name}: clean error at k={k} against the card, standard errors", gap, 4.0))
         if study.exact is not None and study.nothing is not None:
             off = abs(float(study.exact.mean) - 1)
-            checks.append(Check.at_most(f"{name}: swap of the whole state, distance of its slope from 1", off, 1e-3))
+            checks.append(
+                Check.at_most(
+                    f"{name}: swap of the whole state, distance of its slope from 1", off, rounding(model, 1e-3)
+                )
+            )
             checks.append(Check.at_most(f"{name}: swap of nothing, largest change", study.nothing, 0.0))
         for target, reading in study.reading.items():
             shuffled = float(np.nanmean(reading.shuffled[..., 0]))
@@ -282,7 +287,9 @@ def _checks(studies: list[Study], loaded: list[Root], alike: Alike, asked: Plan)
             checks.append(Check.at_most(f"{name}: derivative against differences, relative", study.reach_gap, 0.05))
         if study.forgets is not None:
             gap = study.forgets.error
-            checks.append(Check.at_most(f"{name}: states rebuilt from decays and writes, relative", gap, FP32))
+            checks.append(
+                Check.at_most(f"{name}: states rebuilt from decays and writes, relative", gap, rounding(model, FP32))
+            )
     for k, pairs in alike.items():
         for (i, j), measures in pairs.items():
             # Its variance under permutation is about 2 / (n (n − 3)) (Székely and Rizzo 2013); 5, because the largest

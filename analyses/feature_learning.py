@@ -210,7 +210,7 @@ def _subjects(config: Config, name: str, model: Root) -> tuple[list[Subject], li
         retrained[variant] = Subject(source, "retrained", loaded, variant)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        fresh = models.build(model.architecture, **asdict(model.cfg)).eval().to(config.device)
+        fresh = models.build(model.architecture, **asdict(model.cfg)).eval().to(next(model.parameters()))
     subjects = [Subject(name, "trained", model), Subject(name, "untrained", fresh)]
     notes = []
     for variant, one in retrained.items():
@@ -234,8 +234,10 @@ def _checks(every: All) -> list[Check]:
     import torch
 
     import hooks
+    from hooks.inputs import fed
     from interp import cards, evaluate
     from interp.features.transform import exact, features, transform
+    from interp.metric import rounding
     from interp.probe import lucky
     from interp.result import Check
 
@@ -250,7 +252,9 @@ def _checks(every: All) -> list[Check]:
 
     own = evaluate.errors(model, asked.task, batch=asked.batch.take(slice(0, 8)))
     gap = float((every.trained.error[:8] - own).abs().max() / own.abs().max())
-    checks.append(Check.at_most("errors of all queries at once against those one by one, relative", gap, FP32))
+    checks.append(
+        Check.at_most("errors of all queries at once against those one by one, relative", gap, rounding(model, FP32))
+    )
     tokens = fed(model, asked.some.tokens[:16])
     with torch.no_grad():
         clean = model(tokens)
@@ -265,7 +269,7 @@ def _checks(every: All) -> list[Check]:
                 own = _twin(one.subject)(tokens)
                 gap = float((edited - own).abs().max() / own.abs().max())
                 label = f"{one.subject.variant}: edit against the config with the same weights, relative"
-                checks.append(Check.at_most(label, gap, FP32))
+                checks.append(Check.at_most(label, gap, rounding(model, FP32)))
 
     shuffled = float(np.mean([probe.controls["shuffled"].mean for probe in every.trained.reading.values()]))
     bound = lucky(asked.truth.numpy(), asked.split, copies=5)

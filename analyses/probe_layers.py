@@ -178,7 +178,7 @@ def _subject(config: Config) -> Subject:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         fresh = models.build(model.architecture, **asdict(model.cfg)).eval()
-    subject = Subject(name, model, fresh.to(device), task, k, config.seed, config.device)
+    subject = Subject(name, model, fresh.to(next(model.parameters())), task, k, config.seed, config.device)
     if k >= subject.longest:
         raise BadArgument(f"k={k}: prompts of at most {subject.longest} pairs are read here; give a smaller k")
     return subject
@@ -223,10 +223,12 @@ def _checks(
     import numpy as np
     import torch
 
+    from hooks.inputs import fed
     from interp import cards
     from interp.evaluate import predictions
     from interp.layers import lens
     from interp.layers import readings as layers
+    from interp.metric import rounding
     from interp.result import Check
     from interp.stats import ratio
 
@@ -234,15 +236,19 @@ def _checks(
     part = levels.batch.take(slice(0, 32))
     whole = predictions(model, task, part)
     moved = float((levels.decoded[-1, :32] - whole).abs().max() / whole.abs().max())
-    checks.append(Check.at_most("map after the last block against the model itself, relative", moved, FP32))
+    checks.append(
+        Check.at_most("map after the last block against the model itself, relative", moved, rounding(model, FP32))
+    )
     if not subject.symbols:
         batch = subject.sample(32, 0, subject.k + 2)
         run = torch.cat([lens.context_tokens(batch, subject.k), lens.query_tokens(batch)[:, -1:]], dim=1)
         with torch.no_grad():
-            direct = model(run)[:, -1, 0]
+            direct = model(fed(model, run))[:, -1, 0]
         forked = lens.forks(model, batch, subject.k).decoded[-1, :, -1]
         moved = float((forked - direct).abs().max() / direct.abs().max())
-        checks.append(Check.at_most("lens after the last block against a run of its own, relative", moved, FP32))
+        checks.append(
+            Check.at_most("lens after the last block against a run of its own, relative", moved, rounding(model, FP32))
+        )
     if model.card.get("task_config") == task.config:
         for k, gap in cards.gaps(model.card, {k: levels.raw[-1, :, k] for k in task.report_ks}).items():
             checks.append(Check.at_most(f"error at k={k} against the card, in standard errors", gap, 4.0))

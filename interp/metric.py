@@ -7,12 +7,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
 import hooks
 from hooks.errors import BadArgument
+from hooks.inputs import first_weight
 from hooks.sites import points
 from interp import stats
 
@@ -67,6 +69,18 @@ def _doubles(values: stats.Values) -> NDArray[np.float64]:
 def kind(name: str) -> str:
     """The last part of a site's full name."""
     return name.rsplit(".", 1)[-1]
+
+
+HALF = {torch.bfloat16: 5e-2, torch.float16: 1e-2}
+"""Six and ten units in the last place: what a few layers in half precision round away of their largest number."""
+
+
+def rounding(model: Any, least: float) -> float:
+    """How far apart two paths of one function may be, relative to the largest value: ``least``, or in half precision
+    what the model's own dtype rounds away.
+    """
+    weight = first_weight(model)
+    return least if weight is None else max(least, HALF.get(weight.dtype, 0.0))
 
 
 @contextmanager

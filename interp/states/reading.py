@@ -7,6 +7,7 @@ principal components of the two are the same thing.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 import hooks
 from hooks import Record
 from hooks.errors import BadArgument
-from hooks.inputs import fed
+from hooks.inputs import fed, first_weight
 from interp import seeds
 from interp.arguments import whole_number
 from interp.layers.lens import joint, query_tokens
@@ -138,8 +139,12 @@ def reach_gap(
     """How far the backward pass behind :func:`reach` is from central differences: ‖difference − slope‖ / ‖slope‖.
 
     One random direction u of all tokens and one random v_l of each layer's state; both norms are over the layers, so
-    that no sum of slopes cancels. The differences' own error is of the order step² + rounding / step.
+    that no sum of slopes cancels. The differences' own error is of the order step² + rounding / step, which
+    in half precision is no small number: then a copy of the model in fp32 is asked.
     """
+    weight = first_weight(model)
+    if weight is not None and weight.dtype.itemsize < 4:
+        model = copy.deepcopy(model).to(torch.float32)
     leaf = fed(model, tokens).detach().requires_grad_()
     u = seeds.normal(tokens.shape, seeds.generator("reach", seed, 0)).to(leaf)
     record = _graph(model, leaf)
