@@ -1,4 +1,4 @@
-"""Files and folders that are either whole or not there: temporary sibling, fsync, rename."""
+"""Files that are either whole or not there: temporary sibling, fsync, rename."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ import contextlib
 import json
 import math
 import os
+import re
 import secrets
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from hooks.errors import BadArgument, RunFailed
+
+_PART = re.compile(r"\..+\.([0-9a-f]{8}|\d+\.tmp)")
+"""Names under which :func:`write_whole` here, and the checkpoint's, write before they rename."""
 
 
 def strict_json(value: Any, indent: int | None = None) -> str:
@@ -63,12 +66,21 @@ def write_whole(path: Path, data: bytes | str) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the renames in ``folder`` last through a power cut."""
+    """Make the renames in ``folder`` last through a power cut, where the system lets a folder be opened."""
+    if os.name == "nt":
+        return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def clear_parts(folder: Path) -> None:
+    """Remove the temporary files that a run which was killed left in ``folder``; nobody may be writing there."""
+    for path in folder.glob(".*"):
+        if _PART.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -94,36 +106,3 @@ def writable_folder(folder: Path) -> Path:
         reason = error.strerror or str(error)
         raise BadArgument(f"cannot write into {folder}: {reason}; give another folder with --out") from error
     return folder
-
-
-@contextlib.contextmanager
-def whole_folder(final: Path) -> Iterator[Path]:
-    """A temporary sibling to fill; on leaving without an exception it takes the name ``final``.
-
-    A folder that is there already is moved aside first and removed once the new one is in its
-    place; if the second rename fails the old one is moved back. After any exception in the body
-    the temporary folder is gone and ``final`` is as it was.
-    """
-    mark = secrets.token_hex(4)
-    fresh, old = (final.with_name(f".{final.name}.{mark}.{word}") for word in ("new", "old"))
-    writable_folder(final.parent)
-    with no_half(final):
-        try:
-            fresh.mkdir()
-            yield fresh
-            for item in fresh.iterdir():
-                with open(item, "rb") as file:
-                    os.fsync(file.fileno())
-            if final.exists():
-                os.rename(final, old)
-            try:
-                os.rename(fresh, final)
-            except BaseException:
-                if old.exists():
-                    os.rename(old, final)
-                raise
-            sync_folder(final.parent)
-        finally:
-            shutil.rmtree(fresh, ignore_errors=True)
-            if final.exists():
-                shutil.rmtree(old, ignore_errors=True)

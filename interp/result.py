@@ -19,7 +19,8 @@ import numpy as np
 import pandas as pd
 
 from hooks.errors import BadArgument
-from interp.files import strict_json, whole_folder, write_whole
+from interp.files import strict_json, write_whole
+from interp.folders import clear_dead, whole_folder
 
 FORMAT = "mambascope-result-1"
 FILES = ("result.json", "table.csv", "arrays.npz")
@@ -101,7 +102,7 @@ class Result:
         """Write ``out/<analysis>/<task>-<model>-<digest>/`` whole, and return it with its folder.
 
         ``figures`` maps a file name to its bytes or to a function that writes the path it is given.
-        An identical run's folder is replaced by a swap. Raises :class:`BadArgument` when ``out``
+        An identical run's folder is replaced in one step. Raises :class:`BadArgument` when ``out``
         cannot be written, :class:`RunFailed` when the disk is full; what was there then stays.
         """
         config = self.config
@@ -125,6 +126,8 @@ class Result:
     def load(path: Path | str) -> Result:
         """The result in the folder ``path``; a damaged or foreign folder is a BadArgument."""
         folder = Path(path)
+        if not folder.exists():
+            clear_dead(folder.parent)  # a run that was killed may have moved it aside
         missing = [name for name in FILES if not (folder / name).is_file()]
         if missing:
             raise BadArgument(

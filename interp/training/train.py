@@ -32,7 +32,7 @@ from hooks.errors import BadArgument, NonFinite, RunFailed
 from interp import evaluate, tasks
 from interp.arguments import usable_device
 from interp.curves import rivals
-from interp.files import no_half, strict_json, writable_folder, write_whole
+from interp.files import clear_parts, no_half, strict_json, writable_folder, write_whole
 from interp.provenance import versions
 from interp.stats import paired_difference
 from interp.tasks.base import Task, model_shape
@@ -124,6 +124,8 @@ def train(
             with no_half(folder):
                 (folder / "resume").mkdir(exist_ok=True)
             stack.enter_context(resume.only_one(folder / "resume"))
+            for each in (folder, folder / "resume"):
+                clear_parts(each)
             write_whole(folder / "recipe.json", strict_json(config.as_dict(), indent=2) + "\n")
         accelerator.wait_for_everyone()
         stop = stack.enter_context(orderly_stop())

@@ -14,7 +14,7 @@ import pytest
 
 from hooks.errors import BadArgument, RunFailed
 from interp import files
-from interp.files import strict_json, whole_folder, write_whole
+from interp.files import strict_json, write_whole
 from interp.provenance import commit, provenance, versions
 from interp.result import Check, Result
 
@@ -130,29 +130,6 @@ def test_a_failing_figure_leaves_what_was_there(tmp_path: Path, error: BaseExcep
         make().save(tmp_path, analysis="a", figures={"figure.png": fail})
     assert (before / "figure.png").read_bytes() == b"before"
     assert os.listdir(tmp_path / "a") == [before.name]
-
-
-@pytest.mark.contract
-def test_a_swap_that_fails_half_way_puts_the_old_folder_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    final = tmp_path / "run"
-    final.mkdir()
-    (final / "number").write_text("old")
-    rename = os.rename
-
-    def second_fails(source: Path, target: Path) -> None:
-        if str(source).endswith(".new"):
-            raise OSError(28, "No space left on device")
-        rename(source, target)
-
-    monkeypatch.setattr(files.os, "rename", second_fails)
-    with pytest.raises(RunFailed, match="No space left"), whole_folder(final) as folder:
-        (folder / "number").write_text("new")
-    assert (final / "number").read_text() == "old"
-    assert os.listdir(tmp_path) == ["run"]
-    monkeypatch.undo()
-    with whole_folder(final) as folder:
-        (folder / "number").write_text("new")
-    assert (final / "number").read_text() == "new"
 
 
 @pytest.mark.contract
