@@ -182,13 +182,14 @@ def integrated_gradients(
         # The metric may hold the labels of these prompts, so it is asked about one copy of the batch at a time.
         return torch.cat([one_number(metric, part, size) for part in output.split(size)])
 
+    # Before the steps, so that a metric that does not work is known at once.
+    with torch.no_grad():
+        total = along(value, x) - along(start, x)
     # captum makes the points of its quadrature on torch's default device.
     with torch.enable_grad(), torch.device(value.device):
         values = IntegratedGradients(along).attribute(
             value, start, additional_forward_args=(x,), n_steps=steps, internal_batch_size=batch_size
         )
-    with torch.no_grad():
-        total = along(value, x) - along(start, x)
     values = values.detach()
     return Integrated(values, total, values.flatten(1).sum(1) - total, start)
 

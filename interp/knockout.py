@@ -112,6 +112,7 @@ def left(
     Raises :class:`BadArgument` where the sources have no effect on their targets to begin with.
     """
     readable(model, x)
+    stats.valid(n_boot, level)
     edits = knock_out(model, pairs, layers, inside)
     size, length = x.shape[0], x.shape[1]
     mask = _Chosen(pairs).mask(size, length).expand(size, -1, -1).to(x.device)

@@ -60,6 +60,22 @@ def recovery(
     return stats.ratio(moved * apart, apart * apart, n_boot=n_boot, level=level, seed=seed)
 
 
+def recovered(
+    f_patch: stats.Values, f_1: stats.Values, f_2: stats.Values, n_boot: int = 1000, level: float = 0.95, seed: int = 0
+) -> stats.Interval:
+    """:func:`recovery`, for what has taken long: NaN where f_1 and f_2 differ for no prompt, an empty interval where
+    they differ for so few that a resample has none, or where there is one prompt.
+    """
+    stats.valid(n_boot, level)
+    try:
+        return recovery(f_patch, f_1, f_2, n_boot=n_boot, level=level, seed=seed)
+    except BadArgument:
+        patch, one, two = (_doubles(values) for values in (f_patch, f_1, f_2))
+        apart, moved = one - two, (patch.T - two).T
+        size = float(apart @ apart)
+        return stats.without_spread(apart @ moved / (size or np.nan), len(one), level)
+
+
 def _doubles(values: stats.Values) -> NDArray[np.float64]:
     if isinstance(values, Tensor):
         values = values.detach().cpu().double().numpy()

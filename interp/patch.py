@@ -12,6 +12,7 @@ and a patched run is one that no prompt would give.
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,15 +21,16 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
+from numpy.typing import NDArray
 from torch import Tensor
 
 import hooks
-from hooks.errors import BadArgument
+from hooks.errors import BadArgument, NonFinite
 from hooks.inputs import readable
 from hooks.sites import Pattern, kind_of
 from interp import stats
 from interp.knockout import between, knock_out, left
-from interp.metric import Metric, kind, one_arithmetic, one_number, recovery
+from interp.metric import Metric, kind, one_arithmetic, one_number, recovered, recovery
 from interp.swap import Swap, swap_states, swap_table
 
 __all__ = [
@@ -69,16 +71,14 @@ class Patched:
         """One row for each cell: site, kind, layer, pos; effect and recovery with their intervals over prompts; n.
 
         ``effect`` is the mean of f_patched − f_corrupted in the metric's unit, ``recovery`` its slope on
-        f_clean − f_corrupted (:func:`recovery`); NaN where those two differ for no prompt, or for too few.
-        Raises :class:`BadArgument` for fewer than two prompts.
+        f_clean − f_corrupted (:func:`recovery`); NaN where those two differ for no prompt. Intervals are empty (NaN)
+        for a single prompt, and those of the recovery where so few prompts differ that a resample may have none.
+        Cells whose run or metric was not finite are NaN throughout.
         """
         values, clean, corrupted = (part.double().cpu().numpy() for part in (self.values, self.clean, self.corrupted))
-        effect = stats.bootstrap((values - corrupted).T, n_boot=n_boot, level=level, seed=seed)
-        try:
-            share = recovery(values.T, clean, corrupted, n_boot=n_boot, level=level, seed=seed)
-        except BadArgument:
-            unknown = np.full(len(values), np.nan)
-            share = stats.Interval(unknown, unknown, unknown, n=effect.n, level=level)
+        whole = np.isfinite(values).all(axis=1)
+        effect = stats.bootstrap((values[whole] - corrupted).T, n_boot=n_boot, level=level, seed=seed)
+        share = recovered(values[whole].T, clean, corrupted, n_boot=n_boot, level=level, seed=seed)
         labels = [label for label, _ in self.cells]
         return pd.DataFrame(
             {
@@ -86,8 +86,8 @@ class Patched:
                 "kind": [kind(label) for label in labels],
                 "layer": pd.array([_layer(label) for label in labels], dtype="Int64"),
                 "pos": [pos for _, pos in self.cells],
-                **_columns("effect", effect),
-                **_columns("recovery", share),
+                **_columns("effect", effect, whole),
+                **_columns("recovery", share, whole),
                 "n": effect.n,
             }
         )
@@ -108,6 +108,7 @@ def activations(
     **model_kwargs: Any,
 ) -> pd.DataFrame:
     """The table of :func:`patched`: the effect and the recovery of each site × layer × position, with intervals."""
+    stats.valid(n_boot, level)
     found = patched(
         model, clean, corrupted, sites, metric, positions=positions, readout_only=readout_only, **model_kwargs
     )
@@ -132,8 +133,10 @@ def patched(
     ``hook_state`` propagates; ``readout_only=True`` changes what is read at that position only. A site without
     positions is patched whole. Patching a run from itself changes no bit: all runs share one arithmetic.
 
-    Raises :class:`UnknownSite`, :class:`TooLarge` where the clean run's sites do not fit in memory, and
-    :class:`BadArgument` for prompts of two shapes or a position that there is not.
+    Raises, before the first patched run, :class:`UnknownSite`, :class:`TooLarge` where the clean run's sites do not fit
+    in memory, :class:`BadArgument` for prompts of two shapes, a position that there is not or a metric that is not one
+    number for each prompt, and :class:`NonFinite` where the metric is NaN or inf of either run. A cell whose patched
+    run or metric is not finite is NaN, with a warning: it does not take the other cells with it.
     """
     readable(model, clean, "clean", model_kwargs)
     readable(model, corrupted, "corrupted", model_kwargs)
@@ -143,24 +146,36 @@ def patched(
         )
     groups = _groups(model, sites)
     names = hooks.resolve(model, {name for group in groups.values() for name in group})
+    asked = [
+        (label, group, pos, at)
+        for label, group in groups.items()
+        for pos, at in _cells(group, positions, clean.shape[1])
+    ]
     size = clean.shape[0]
-    cells: list[tuple[str, int | str]] = []
     values: list[Tensor] = []
     with torch.no_grad(), one_arithmetic(model):
         source = hooks.record(model, clean, names, **model_kwargs)
         runs = _Runs(model, corrupted, names, model_kwargs)
-        before = one_number(metric, runs.whole(), size)
-        for label, group in groups.items():
+        before, goal = _finite(metric, runs.whole(), size, "corrupted"), _finite(metric, source.output, size, "clean")
+        for label, group, pos, at in asked:
             states = any(kind(name) == "hook_state" for name in group)
-            for pos, at in _cells(group, positions, clean.shape[1]):
-                changes = {
-                    name: hooks.resample(source=source, pos=at if _has_positions(name) else None) for name in group
-                }
+            changes = {name: hooks.resample(source=source, pos=at if _has_positions(name) else None) for name in group}
+            try:
                 with hooks.edit(model, changes, readout_only=readout_only and states):
                     output = runs.through(group)
-                cells.append((label, pos))
-                values.append(one_number(metric, output, size))
-    return Patched(tuple(cells), torch.stack(values), one_number(metric, source.output, size), before)
+                values.append(_finite(metric, output, size, "patched"))
+            except NonFinite as error:
+                warnings.warn(f"{label} at {pos} is NaN in the table: {error}", stacklevel=2)
+                values.append(torch.full_like(before, torch.nan))
+    return Patched(tuple((label, pos) for label, _, pos, _ in asked), torch.stack(values), goal, before)
+
+
+def _finite(metric: Metric, output: Any, size: int, which: str) -> Float[Tensor, " batch"]:
+    found = one_number(metric, output, size)
+    bad = size - int(found.isfinite().sum())
+    if bad:
+        raise NonFinite(f"the metric of the {which} run is NaN or inf for {bad} of {size} prompts")
+    return found
 
 
 class _Runs:
@@ -199,14 +214,20 @@ def _cells(group: Sequence[str], positions: Positions, length: int) -> list[tupl
     if positions is None or not any(_has_positions(name) for name in group):
         return [("all", None)]
     if isinstance(positions, Mapping) and positions:
-        return [(label, list(at)) for label, at in positions.items()]
+        return [(label, [_inside(t, length) for t in at]) for label, at in positions.items()]
     if isinstance(positions, str):
         if positions != "each":
             raise BadArgument(f'positions="{positions}": give "each", None, positions or {{label: positions}}')
         return [(t, [t]) for t in range(length)]
     if len(positions) == 0:
         raise BadArgument(f"positions={positions!r} picks none: there is nothing to patch")
-    return [(int(t), [int(t)]) for t in positions]
+    return [(int(t), [_inside(t, length)]) for t in positions]
+
+
+def _inside(t: int, length: int) -> int:
+    if not -length <= int(t) < length:
+        raise BadArgument(f"position {t} is outside: the prompts have {length}, 0 … {length - 1}")
+    return int(t)
 
 
 def _has_positions(name: str) -> bool:
@@ -220,5 +241,9 @@ def _layer(name: str) -> int | None:
     return int(parts[1]) if len(parts) > 2 and parts[0] == "blocks" and parts[1].isdecimal() else None
 
 
-def _columns(what: str, interval: stats.Interval) -> dict[str, Any]:
-    return {what: interval.mean, f"{what}_low": interval.low, f"{what}_high": interval.high}
+def _columns(what: str, interval: stats.Interval, where: NDArray[np.bool_]) -> dict[str, Any]:
+    """The interval's columns, whose entries are the rows ``where``; NaN in the others."""
+    columns = {name: np.full(len(where), np.nan) for name in (what, f"{what}_low", f"{what}_high")}
+    for column, part in zip(columns.values(), (interval.mean, interval.low, interval.high), strict=True):
+        column[where] = part
+    return columns

@@ -106,14 +106,14 @@ def ridge(
     columns = {name: y.shape[-1] for name, y in truth.items()}
     copies = np.concatenate([y for y in truth.values()] + [y[order] for order in orders for y in truth.values()], -1)
     width = sum(columns.values())
+    _judged_by_all(columns, np.square(copies[parts.test] - copies[parts.train].mean((0, 1))).sum(1), shuffles)
 
+    beside = _controls(x, untrained, running_sum)
     reduced, axes = _reduced(x, parts, components)
     fitted = _Ridge(reduced, copies, parts)
-    beside = {"untrained": untrained, "running_sum": running_sum}
     others = {
-        control: _Ridge(reduce(_like(given, x), parts, components), copies[..., :width], parts)
+        control: _Ridge(reduce(given, parts, components), copies[..., :width], parts)
         for control, given in beside.items()
-        if given is not None
     }
     asked: list[tuple[str, _Ridge, list[slice]]] = []
     start = 0
@@ -152,15 +152,17 @@ def logistic(
     parts = _split_of(x, {"the target": y}, split, seed)
     reduced, axes = _reduced(x, parts, components)
     classes, counts = np.unique(y[parts.train], return_counts=True)
-    if len(classes) < 2:
-        raise BadArgument(f"all training prompts have the class {classes[0]:g}; a probe needs two")
-    pipeline, right, penalty, folds = _fit_classes(reduced, y, parts)
     rng = np.random.default_rng(seed)
-    blind = [_fit_classes(reduced, y[rng.permutation(len(y))], parts)[1] for _ in range(shuffles)]
+    orders = [rng.permutation(len(y)) for _ in range(shuffles)]
+    for which, order in (("", np.arange(len(y))), *((", when reshuffled,", order) for order in orders)):
+        if len(np.unique(y[order][parts.train])) < 2:
+            raise BadArgument(f"all training prompts{which} have the class {classes[0]:g}; a probe needs two")
+    beside = _controls(x, untrained, running_sum)
+    pipeline, right, penalty, folds = _fit_classes(reduced, y, parts)
+    blind = [_fit_classes(reduced, y[order], parts)[1] for order in orders]
     controls = {"shuffled": bootstrap(np.mean(blind, axis=0))}
-    for control, given in (("untrained", untrained), ("running_sum", running_sum)):
-        if given is not None:
-            controls[control] = bootstrap(_fit_classes(reduce(_like(given, x), parts, components), y, parts)[1])
+    for control, given in beside.items():
+        controls[control] = bootstrap(_fit_classes(reduce(given, parts, components), y, parts)[1])
     chance = float((y[parts.test] == classes[counts.argmax()]).mean())
     line = pipeline[-1].coef_ / pipeline[0].scale_
     if axes is not None:
@@ -195,6 +197,22 @@ def lucky(target: Array, parts: Split, copies: int = 1, z: float = 4.0) -> float
     y = _rows(target, "the target")[parts.test]
     values = np.linalg.eigvalsh(np.atleast_2d(np.cov(y.reshape(-1, y.shape[-1]), rowvar=False)))
     return float(z**2 * values.max() / max(values.sum(), 1e-300) / (len(parts.test) * copies))
+
+
+def _judged_by_all(columns: Mapping[str, int], spread: Float[np.ndarray, "n_test column"], shuffles: int) -> None:
+    """Nothing, if each target and its reshuffles (columns as in ``ridge``) have a share of a spread among the test
+    prompts, and among each resample of them; else ``BadArgument``, before anything is fitted.
+    """
+    blocks = spread.reshape(len(spread), shuffles + 1, -1)
+    start = 0
+    for name, count in columns.items():
+        part = blocks[:, :, start : start + count].sum(2)
+        start += count
+        for squares in (part[:, 0], part[:, 1:].sum(1)):
+            if not squares.any():
+                raise BadArgument(f'the target "{name}" is the same for all test prompts; there is nothing to read')
+            if not squares.all():
+                ratio(squares, squares)
 
 
 class _Ridge:
@@ -266,11 +284,7 @@ def _r_squared(asked: Sequence[tuple[str, _Ridge, Sequence[slice]]]) -> list[Int
         each = [np.sum([squares(fit)[:, own].sum(-1) for own in columns], axis=0) for _, fit, columns in asked]
         return np.stack(each, axis=-1)
 
-    missed, spread = pooled(lambda fit: fit.missed), pooled(lambda fit: fit.spread)
-    for (name, *_), squares in zip(asked, spread.T, strict=True):
-        if not squares.any():
-            raise BadArgument(f'the target "{name}" is the same for all test prompts; there is nothing to read')
-    share = ratio(missed, spread)
+    share = ratio(pooled(lambda fit: fit.missed), pooled(lambda fit: fit.spread))
     ends = zip(1 - share.mean, 1 - share.high, 1 - share.low, strict=True)
     return [Interval(np.asarray(r), np.asarray(low), np.asarray(high), share.n, share.level) for r, low, high in ends]
 
@@ -344,12 +358,14 @@ def _numbers(values: Array, what: str) -> NDArray[np.float64]:
     return data
 
 
-def _like(values: Array, x: Rows) -> Rows:
-    """A control's features, with the prompts and rows of ``x``."""
-    data = _rows(values, "a control's features")
-    if data.shape[:2] != x.shape[:2]:
-        raise BadArgument(f"a control has {data.shape[:2]} prompts and rows, the features have {x.shape[:2]}")
-    return data
+def _controls(x: Rows, untrained: Array | None, running_sum: Array | None) -> dict[str, Rows]:
+    """The features of the controls that are given, with the prompts and rows of ``x``."""
+    given = {"untrained": untrained, "running_sum": running_sum}
+    found = {name: _rows(values, "a control's features") for name, values in given.items() if values is not None}
+    for data in found.values():
+        if data.shape[:2] != x.shape[:2]:
+            raise BadArgument(f"a control has {data.shape[:2]} prompts and rows, the features have {x.shape[:2]}")
+    return found
 
 
 def _split_of(x: Rows, targets: Mapping[str, Rows], given: Split | None, seed: int) -> Split:

@@ -34,7 +34,7 @@ class Interval:
     """An estimate with its interval; ``float(interval.mean)`` works where there is one number.
 
     mean       the estimate: the mean over prompts, or the statistic that was asked for
-    low, high  ends of the interval, the same shape
+    low, high  ends of the interval, the same shape; NaN for a single prompt, which has no spread
     n          number of prompts
     level      nominal coverage
     """
@@ -68,7 +68,7 @@ def bootstrap(
     axis 0 (``lambda v: np.median(v, axis=0)``); it is called once for each resample, in a loop.
     The interval is a little short for small n (by the factor sqrt(1 - 1/n) and normal instead of t
     quantiles), and for heavy tails at any n; n ≥ 200 is a fair rule.
-    Raises ``BadArgument`` for fewer than two prompts, ``NonFinite`` for NaN or inf in ``values``.
+    Raises ``BadArgument`` for no prompt, ``NonFinite`` for NaN or inf in ``values``.
     """
     data = _prompts(values)
     n, flat = len(data), data.reshape(len(data), -1)
@@ -132,9 +132,9 @@ def permutation_test(
     one_of("alternative", alternative, ("two-sided", "greater", "less"))
     whole_number("n_perm", n_perm, least=1)
     if isinstance(second, (int, float)):
-        difference = _prompts(first) - second
+        difference = _prompts(first, least=2) - second
     else:
-        one, other = _pair(first, second)
+        one, other = _pair(first, second, least=2)
         difference = one - other
     n, flat = len(difference), difference.reshape(len(difference), -1)
     turn: Callable[[NDArray[np.float64]], NDArray[np.float64]] = {
@@ -181,22 +181,36 @@ def benjamini_hochberg(p: Float[np.ndarray, "*tests"]) -> Float[np.ndarray, "*te
     return adjusted.reshape(np.shape(p))
 
 
-def _prompts(values: Any) -> NDArray[np.float64]:
-    """The values as fp64, if they have at least two prompts and are all finite."""
+def valid(n_boot: int, level: float) -> None:
+    """Nothing, if intervals can be drawn so, else ``BadArgument``: for what works long before it draws them."""
+    whole_number("n_boot", n_boot, least=1)
+    if not 0 < level < 1:
+        raise BadArgument(f"level={level!r} does not work; give a coverage between 0 and 1")
+
+
+def without_spread(estimate: Any, n: int, level: float = 0.95) -> Interval:
+    """``estimate`` with an empty interval: NaN at both ends."""
+    mean = np.asarray(estimate, dtype=np.float64)
+    return Interval(mean, np.full_like(mean, np.nan), np.full_like(mean, np.nan), n=n, level=level)
+
+
+def _prompts(values: Any, least: int = 1) -> NDArray[np.float64]:
+    """The values as fp64, if they have at least so many prompts and are all finite."""
     if isinstance(values, Tensor):
         values = values.detach().cpu().double().numpy()
     data = np.asarray(values, dtype=np.float64)
-    if data.ndim == 0 or len(data) < 2:
-        raise BadArgument(f"values of shape {data.shape} have no spread over prompts; give two or more on axis 0")
+    if data.ndim == 0 or len(data) < least:
+        what, more = ("no prompts", "one") if least == 1 else ("no spread over prompts", "two")
+        raise BadArgument(f"values of shape {data.shape} have {what}; give {more} or more on axis 0")
     bad = data.size - int(np.isfinite(data).sum())
     if bad:
         raise NonFinite(f"{bad} of {data.size} values are NaN or inf; find them before averaging")
     return data
 
 
-def _pair(first: Values, second: Values) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _pair(first: Values, second: Values, least: int = 1) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Both as fp64, if their shapes are equal: broadcasting would pair what does not belong."""
-    one, other = _prompts(first), _prompts(second)
+    one, other = _prompts(first, least), _prompts(second, least)
     if one.shape != other.shape:
         raise BadArgument(f"paired values have one shape; these have {one.shape} and {other.shape}")
     return one, other
@@ -245,8 +259,9 @@ def _all_signs(n: int) -> Iterator[NDArray[np.float64]]:
 
 def _interval(estimate: NDArray[np.float64], draws: NDArray[np.float64], n: int, level: float) -> Interval:
     """The central ``level`` of the draws, in the shape of the estimate."""
-    if not 0 < level < 1:
-        raise BadArgument(f"level={level!r} does not work; give a coverage between 0 and 1")
+    valid(len(draws), level)
+    if n == 1:
+        return without_spread(estimate, n, level)
     ends = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2], axis=0)
     low, high = ends.reshape(2, *estimate.shape)
     return Interval(estimate, np.asarray(low), np.asarray(high), n=n, level=level)

@@ -9,6 +9,7 @@ In between, the slope over prompts (``metric.recovery``) says how much of the co
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -19,8 +20,9 @@ from torch import Tensor
 
 from hooks.errors import BadArgument
 from hooks.inputs import readable
+from interp import stats
 from interp.arguments import one_of, whole_number
-from interp.metric import Metric, one_number, recovery
+from interp.metric import Metric, one_number, recovered
 
 PARTS = ("h", "conv")
 
@@ -107,11 +109,14 @@ def swap_table(
     """Recovery, with its interval over pairs of prompts, of each swap: at × part (h, conv, both) × layer (NA: all).
 
     ``metric`` takes the predictions from ``at`` on, so that ``out[:, -1, 0]`` is the prompt's last and ``out[:, 0, 0]``
-    the first after the swap. Columns: at, part, layer, recovery, recovery_low, recovery_high, n.
-    Raises as :class:`Swap` and :func:`recovery`.
+    the first after the swap. Columns: at, part, layer, recovery, recovery_low, recovery_high, n; the recovery is NaN
+    where the two contexts give every pair the same metric, its interval where they do so for too few, or for one pair.
+    Raises as :class:`Swap`, for every ``at`` before the first run, and where no recovery is left.
     """
+    stats.valid(n_boot, level)
     rows = []
-    for position in [at] if isinstance(at, int) else at:
+    places = [whole_number("at", place, 1, second.shape[1] - 1) for place in ([at] if isinstance(at, int) else at)]
+    for position in places:
         swap = Swap(model, first, second, position)
         size = first.shape[0]
         f_1, f_2 = (one_number(metric, output, size) for output in (swap.first, swap.second))
@@ -121,9 +126,11 @@ def swap_table(
         for label, parts in names.items():
             for layer in [None, *(range(swap.n_layers) if by_layer else ())]:
                 f_patch = one_number(metric, swap.patched(parts, layer), size)
-                share = recovery(f_patch, f_1, f_2, n_boot=n_boot, level=level, seed=seed)
+                share = recovered(f_patch, f_1, f_2, n_boot=n_boot, level=level, seed=seed)
                 numbers = float(share.mean), float(share.low), float(share.high)
                 rows.append((position, label, layer, *numbers, share.n))
+    if all(math.isnan(row[3]) for row in rows):
+        raise BadArgument("both contexts give every pair the same metric: there is no difference to recover")
     columns = ["at", "part", "layer", "recovery", "recovery_low", "recovery_high", "n"]
     return pd.DataFrame(rows, columns=columns).astype({"layer": "Int64"})
 

@@ -6,13 +6,14 @@ import re
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import Tensor
 
 import hooks
 import models
-from hooks.errors import BadArgument, UnknownSite
+from hooks.errors import BadArgument, NonFinite, UnknownSite
 from interp import patch
 from tests.hooks.conftest import build, left_on
 from tests.interp.planted import ANSWER, DECOY, LENGTH, Linear, last, one_path, prompts
@@ -159,8 +160,77 @@ def test_what_cannot_be_patched_is_refused(x: Tensor) -> None:
     ):
         with pytest.raises(error, match=message):
             patch.patched(model, clean, x, sites, last, **options)
-    with pytest.raises(BadArgument, match="two or more"):
-        patch.activations(model, x[:1], x[1:2], "*.hook_y", last)
+    assert left_on(model) == []
+
+
+class Counted:
+    """``last``, and how often it was asked; NaN or inf where ``turns`` says so."""
+
+    def __init__(self, turns: dict[int, float] | None = None) -> None:
+        self.asked, self.turns = 0, turns or {}
+
+    def __call__(self, out: Tensor) -> Tensor:
+        self.asked += 1
+        return last(out) * self.turns.get(self.asked - 1, 1.0)
+
+
+@pytest.mark.contract
+def test_one_pair_has_effects_and_empty_intervals(x: Tensor) -> None:
+    """In a linear model the effect of a position is its closed form, for one pair of prompts as for many."""
+    model = Linear()
+    clean, corrupted = torch.randn(2, 1, LENGTH, 4, dtype=torch.float64)
+    table = patch.activations(model, clean, corrupted, "hook_x_in", last)
+    weight = (model.A @ model.w)[:, 0].detach()
+    effect = model.mix[-1].detach() * ((clean - corrupted) @ weight)[0]
+    np.testing.assert_allclose(table["effect"], effect, rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(table["recovery"], effect / effect.sum(), rtol=1e-8, atol=1e-12)
+    assert table[["effect_low", "effect_high", "recovery_low", "recovery_high"]].isna().all(axis=None)
+    assert list(table["n"].unique()) == [1]
+    same = patch.activations(model, clean, clean, "hook_x_in", last)
+    assert same["effect"].abs().max() == 0 and same["recovery"].isna().all()
+
+
+@pytest.mark.contract
+def test_recovery_of_few_pairs_that_differ_has_no_interval() -> None:
+    """One prompt of six differs, so that a resample may have none: the slope is there, its interval is not."""
+    model = Linear()
+    clean = torch.randn(6, LENGTH, 4, dtype=torch.float64)
+    corrupted = clean.clone()
+    corrupted[2] += 1
+    table = patch.activations(model, clean, corrupted, "hook_x_in", last, positions=None)
+    assert table["recovery"].item() == pytest.approx(1) and table["recovery_low"].isna().all()
+    assert table["effect_low"].notna().all()
+
+
+@pytest.mark.contract
+def test_what_is_wrong_is_known_before_the_first_patch(x: Tensor) -> None:
+    model, other = build("mamba"), x.roll(1, 0)
+    for options, turns, error, message in (
+        ({"level": 95.0}, {}, BadArgument, "level=95"),
+        ({"n_boot": 0}, {}, BadArgument, "n_boot=0"),
+        ({"positions": [0, 7]}, {}, BadArgument, "position 7 is outside"),
+        ({"positions": {"some": [1], "others": [2, -8]}}, {}, BadArgument, "position -8 is outside"),
+        ({}, {0: np.nan}, NonFinite, "metric of the corrupted run is NaN or inf for 5 of 5 prompts"),
+        ({}, {1: np.inf}, NonFinite, "metric of the clean run"),
+    ):
+        metric = Counted(turns)
+        with pytest.raises(error, match=message):
+            patch.activations(model, x, other, "*.hook_y", metric, **options)
+        assert metric.asked <= 2, "no patched run yet"
+    assert left_on(model) == []
+
+
+@pytest.mark.contract
+def test_a_cell_that_is_not_finite_does_not_take_the_others_with_it(x: Tensor) -> None:
+    model, other = build("mamba"), x.roll(1, 0)
+    expected = patch.activations(model, x, other, "*.hook_y", last, positions=[0, 4])
+    with pytest.warns(
+        UserWarning, match=r"blocks\.0\.mixer\.hook_y at 4 is NaN in the table: the metric of the patched"
+    ):
+        found = patch.activations(model, x, other, "*.hook_y", Counted({3: np.inf}), positions=[0, 4])
+    numbers = ["effect", "effect_low", "effect_high", "recovery", "recovery_low", "recovery_high"]
+    assert found.loc[1, numbers].isna().all()
+    pd.testing.assert_frame_equal(found.drop(1), expected.drop(1))
     assert left_on(model) == []
 
 

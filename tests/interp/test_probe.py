@@ -142,7 +142,7 @@ def test_a_direction_among_components_is_one_among_features() -> None:
 
 
 @pytest.mark.contract
-def test_what_would_give_a_wrong_number_is_refused() -> None:
+def test_what_would_give_a_wrong_number_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     features, target, _, _ = planted(n=40)
     blank = {"untrained": None, "running_sum": None}
     overlap = probe.Split(np.arange(30), np.arange(29, 40))
@@ -162,6 +162,24 @@ def test_what_would_give_a_wrong_number_is_refused() -> None:
         (lambda: probe.ridge(features, {"w": target}, components=0, **blank), BadArgument, "components=0"),
     ):
         with pytest.raises(kind, match=message):
+            call()
+    parts = probe.split(40, seed=0)
+    seldom, rare = np.zeros_like(target), np.zeros_like(target)
+    seldom[parts.test[0]] = rare[parts.train[0]] = 1
+
+    def unfitted(*given: object) -> None:
+        pytest.fail("fitted before it was refused")
+
+    monkeypatch.setattr(probe, "_Ridge", unfitted)
+    monkeypatch.setattr(probe, "_fit_classes", unfitted)
+    for call, message in (
+        (lambda: probe.ridge(features, {"w": target, "seldom": seldom}, split=parts, **blank), "in a resample"),
+        (lambda: probe.ridge(features, {"w": target, "none": target * 0}, **blank), '"none" is the same for all'),
+        (lambda: probe.ridge(features, {"w": target}, untrained=None, running_sum=features[:3]), "a control"),
+        (lambda: probe.logistic(features, target > 0, untrained=features[:3], running_sum=None), "a control"),
+        (lambda: probe.logistic(features, rare, split=parts, shuffles=60, **blank), "when reshuffled, have the class"),
+    ):
+        with pytest.raises(BadArgument, match=message):
             call()
     with pytest.raises(TypeError, match="untrained"):
         probe.ridge(features, {"w": target})  # type: ignore[call-arg]

@@ -159,6 +159,20 @@ def test_benjamini_hochberg_is_scipys() -> None:
     np.testing.assert_allclose(stats.benjamini_hochberg(p), expected)
 
 
+def test_one_prompt_has_an_estimate_and_no_interval() -> None:
+    one, other = draws(1, 3), draws(1, 3, seed=1)
+    for found, mean in (
+        (stats.bootstrap(one), one[0]),
+        (stats.bootstrap(one, statistic=lambda v: v.max(axis=0)), one[0]),
+        (stats.paired_difference(one, other), one[0] - other[0]),
+        (stats.ratio(one, other), one[0] / other[0]),
+    ):
+        np.testing.assert_allclose(found.mean, mean)
+        assert found.n == 1 and np.isnan([found.low, found.high]).all()
+    with pytest.raises(BadArgument, match="level=95"):
+        stats.bootstrap(one, level=95.0)
+
+
 def test_corrections_keep_their_promises() -> None:
     """1000 families of 20 tests without any effect: 5 % of families have a false rejection."""
     p = np.random.default_rng(0).uniform(size=(1000, 20))
@@ -177,8 +191,10 @@ def test_what_would_give_a_wrong_number_is_refused() -> None:
     for call in (stats.bootstrap, stats.permutation_test):
         with pytest.raises(NonFinite, match="1 of 40 values"):
             call(bad)
-        with pytest.raises(BadArgument, match="two or more"):
-            call(good[:1])
+        with pytest.raises(BadArgument, match="or more on axis 0"):
+            call(good[:0])
+    with pytest.raises(BadArgument, match="two or more"):
+        stats.permutation_test(good[:1])
     with pytest.raises(BadArgument, match=r"\(20, 2\) and \(20, 1\)"):
         stats.paired_difference(good, good[:, :1])
     with pytest.raises(BadArgument, match="no ratio exists"):

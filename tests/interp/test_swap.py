@@ -115,6 +115,27 @@ def test_a_state_of_one_part_has_no_row_for_the_other(variant: str, pair: tuple[
 
 
 @pytest.mark.contract
+def test_one_pair_has_a_recovery_and_no_interval(pair: tuple[Tensor, Tensor]) -> None:
+    first, second = (x[:1] for x in pair)
+    table = patch.swap_table(build("mamba"), first, second, 5, last).set_index("part")
+    assert table["recovery_low"].isna().all() and list(table["n"].unique()) == [1]
+    assert table.loc["both", "recovery"].iloc[0] == 1
+
+
+@pytest.mark.contract
+def test_a_place_without_a_difference_does_not_take_the_others_with_it(pair: tuple[Tensor, Tensor]) -> None:
+    first, second = pair
+    first = torch.cat([second[:, :2], first[:, 2:]], dim=1)
+    table = patch.swap_table(build("mamba"), first, second, [2, 6], last, by_layer=False).set_index(["at", "part"])
+    assert table.loc[2, "recovery"].isna().all()
+    assert table.loc[(6, "both"), "recovery"] == 1 and table.loc[(6, "both"), "recovery_low"] == 1
+    asked = []
+    with pytest.raises(BadArgument, match="at=9"):
+        patch.swap_table(build("mamba"), first, second, [6, 9], lambda out: asked.append(out) or last(out))
+    assert not asked
+
+
+@pytest.mark.contract
 def test_what_cannot_be_swapped_is_refused_in_one_line(pair: tuple[Tensor, Tensor]) -> None:
     first, second = pair
     transformer = models.build("transformer", d_model=8, n_layers=1, n_heads=2, d_in=5, d_out=1).double().eval()
