@@ -5,13 +5,17 @@ Weights are looked at again only when they have changed (torch counts in-place w
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from hooks.errors import NonFinite
+
+T = TypeVar("T")
 
 
 def check_input(x: Tensor) -> None:
@@ -40,32 +44,90 @@ def _stamp(model: Any) -> list[tuple[int, int]] | None:
         return None
 
 
-def check_output(model: Any, output: Tensor, rerun: Any) -> None:
-    """Raise :class:`NonFinite` with the first site, in firing order, where ``output``'s NaN or inf appears.
+def check_divisor(point: Any, value: Tensor) -> None:
+    """Raise :class:`NonFinite` where ``value``, which what follows is divided by, holds NaN or inf.
 
-    ``rerun()`` repeats the run; hooks and edits that are on the model act in it as they did.
+    In a run of a whole model this is looked at when it ends, for all such sites at once.
     """
-    if _finite(output):
-        return
+    if _run.sums is not None:
+        _run.sums.append(value.detach().sum())
+    elif not _finite(value.detach()):
+        raise NonFinite(f"{_place(point, value)}, which what follows is divided by")
+
+
+def note(point: Any, value: Tensor) -> None:
+    """Keep in mind where an edit made the first NaN or inf of this run: a repeated run may not have that edit."""
+    if _run.sums is not None and _run.first is None and not _finite(value.detach()):
+        _run.first = _place(point, value)
+
+
+class _Run(threading.local):
+    """The run of a whole model that is going on in this thread: sums of what divides, and the first bad place noted."""
+
+    sums: list[Tensor] | None = None
+    first: str | None = None
+
+
+_run = _Run()
+
+
+def checked(model: Any, run: Callable[[], tuple[Tensor, Any]]) -> tuple[Tensor, Any]:
+    """``run()``, which gives the model's output and state, looked at for NaN and inf.
+
+    Raises :class:`NonFinite` with the first site, in firing order, that holds one, where the output does, and where a
+    site does that divides what follows: a norm whose scale overflows makes 0 of it, finite and wrong. The run is
+    repeated to find the site; hooks and edits that are on the model act in it as they did.
+    """
+    (output, state), sums, first = _noting(run)
+    whole = _finite(output)
+    if whole and (not sums or _finite(torch.stack(sums))):
+        return output, state
     # Writes through ``.data`` are not counted by torch: look at the weights again before blaming a site.
     model._finite_stamp = None
     check_weights(model)
+    # Scores of -inf are how a position is kept from being looked at, exactly: where the output is finite, no fault.
+    names = [name for name in model.hook_dict if not (whole and name.endswith("hook_attn_scores"))]
+    where = _first_site(model, names, run) or first
+    if whole and where is None:  # divisors whose sum is too large, and no more
+        return output, state
+    what = "a site that divides what follows holds NaN or inf, so the output is finite and wrong"
+    what = what if whole else f"the output holds {_describe(output.detach())}"
+    where = where or "the output only; no site holds one when the run is repeated"
+    raise NonFinite(f"{what}; first seen at {where}")
+
+
+def _noting(run: Callable[[], T]) -> tuple[T, list[Tensor], str | None]:
+    around = _run.sums, _run.first
+    sums: list[Tensor] = []
+    _run.sums, _run.first = sums, None
+    try:
+        result = run()
+        return result, sums, _run.first
+    finally:
+        _run.sums, _run.first = around
+
+
+def _first_site(model: Any, names: list[str], run: Callable[[], object]) -> str | None:
     found: list[str] = []
 
-    def look(tensor: Tensor, hook: Any, name: str) -> None:
+    def look(tensor: Tensor, hook: Any, point: Any) -> None:
         if not found and not _finite(tensor.detach()):
-            found.append(f"{name} ({_describe(tensor.detach())})")
+            found.append(_place(point, tensor))
 
-    handles = [(point, point.add_hook(partial(look, name=name))) for name, point in model.hook_dict.items()]
+    points = [model.hook_dict[name] for name in names]
+    handles = [(point, point.add_hook(partial(look, point=point))) for point in points]
     try:
         with torch.no_grad():
-            rerun()
+            _noting(run)
     finally:
         for point, handle in handles:
             handle.hook.remove()
             point.fwd_hooks[:] = [kept for kept in point.fwd_hooks if kept is not handle]
-    where = found[0] if found else "the output only; no site holds one when the run is repeated"
-    raise NonFinite(f"the output holds {_describe(output.detach())}; first seen at {where}")
+    return found[0] if found else None
+
+
+def _place(point: Any, value: Tensor) -> str:
+    return f"{getattr(point, 'listed', None) or point.name} ({_describe(value.detach())})"
 
 
 def _finite(x: Tensor) -> bool:

@@ -27,21 +27,61 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.utilities.slice import Slice
 
 from hooks.errors import BadArgument, DidNotFire, told
+from hooks.finite import check_divisor, note
 from hooks.inputs import no_gradients, readable
 from hooks.memory import check_memory
+from hooks.recompute import in_backward, passed
 from hooks.sites import HEAD_OUT, SITES, Pattern, resolve
 
 Hook = Callable[..., Any]
 HookList = Sequence[tuple[Pattern, Hook]]
+DIVISORS = ("hook_scale", "hook_norm")
+"""Sites that divide what follows: an inf in one is a 0 behind it, finite and wrong."""
 
 
-def site(kind: str, *, parts: int = 1, axes: tuple[str, ...] | None = None) -> HookPoint:
+class Point(HookPoint):
+    """TransformerLens' HookPoint; what comes out of it is a tensor like the one that went in, or it is an error.
+
+    ``shared`` says that somebody else needs the value as it is (the caller, another site, autograd for its own
+    backward): then a hook that writes in place is given a copy. ``divides`` says that what follows is divided by it, and
+    ``listed`` what it is listed as where that is not its ``name``.
+    """
+
+    shared = False
+    divides = False
+    listed: str | None = None
+
+    def __call__(self, value: Tensor) -> Tensor:
+        return emit(self, value)
+
+    def add_hook(self, hook: Hook, dir: Literal["fwd", "bwd"] = "fwd", *options: Any, **more: Any) -> Any:  # type: ignore[override]
+        """TransformerLens' ``add_hook``; what a forward hook returns is checked before the next one is given it."""
+        if dir != "fwd":
+            return super().add_hook(hook, dir, *options, **more)
+        handle = super().add_hook(_Conforming(hook), dir, *options, **more)
+        handle.user_hook = hook
+        return handle
+
+
+class _Conforming:
+    """A forward hook whose result has the shape and dtype of what it was given (heads apart, where they are shown so)."""
+
+    def __init__(self, hook: Hook) -> None:
+        self.hook = hook
+
+    def __call__(self, value: Tensor, hook: Any) -> Any:
+        out = self.hook(value, hook=hook)
+        return None if out is None else _conformed(out, value, hook.name)
+
+
+def site(kind: str, *, parts: int = 1, axes: tuple[str, ...] | None = None) -> Point:
     """A hook point for a kind of site in the vocabulary, with its position axis set.
 
     ``parts`` is 2 where a complex tensor appears as real parts followed by imaginary parts on the last axis. ``axes``
     are the site's own where it has others than the vocabulary says (heads), with the position where it was.
     """
-    point = HookPoint()
+    point = Point()
+    point.divides = kind in DIVISORS  # type: ignore[assignment]
     point.pos_dim = (HEAD_OUT if kind == "head.hook_out" else SITES[kind]).pos_dim
     point.parts = parts  # type: ignore[assignment]
     point.axes = axes  # type: ignore[assignment]
@@ -50,24 +90,51 @@ def site(kind: str, *, parts: int = 1, axes: tuple[str, ...] | None = None) -> H
     return point
 
 
+def as_ours(point: HookPoint, name: str) -> None:
+    """Make a HookPoint of TransformerLens' a :class:`Point` that is listed as ``name``; who knows it goes on knowing it.
+
+    It is ``shared``: there, one tensor goes through several points and past them.
+    """
+    if not isinstance(point, Point):
+        point.__class__ = Point
+        point.shared, point.divides = True, name.endswith(DIVISORS)  # type: ignore[assignment]
+        point.listed = name  # type: ignore[assignment]
+
+
 def emit(point: nn.Module, value: Tensor, *, shared: bool = False) -> Tensor:
     """What comes out of ``point``, conformed to the shape and dtype of ``value``.
 
     An edit may return something smaller that broadcasts (a mean with kept dimensions); it is expanded here.
-    ``shared`` says that somebody else needs ``value`` as it is (the caller, another site, autograd for its own
-    backward): then a hook that writes in place is given a copy.
+    ``shared``: as an attribute of :class:`Point`.
     Raises :class:`BadArgument` for another number of axes, a shape that does not broadcast, another device, or
     something that is not a real tensor: a compiled scan would read out of bounds.
     """
-    if shared and watched(point):
+    if not watched(point):
+        if in_backward():
+            passed(point, False)
+        if getattr(point, "divides", False):
+            check_divisor(point, value)
+        return value
+    if shared or getattr(point, "shared", False):
         value = value.clone(memory_format=torch.contiguous_format)
     if value.requires_grad and "forward" in point.__dict__:
         # nnsight cuts a gradient by the strides of the value; autograd may hand it over with others.
         value.register_hook(_contiguous)
-    out = point(value)
-    if out is value:
-        return value
-    name = getattr(point, "name", None) or "a hook point"
+    version = None if value.is_inference() else value._version
+    out = nn.Module.__call__(point, value) if isinstance(point, Point) else point(value)
+    changed = out is not value or version is None or value._version != version
+    if out is not value:
+        out = _conformed(out, value, getattr(point, "listed", None) or getattr(point, "name", None) or "a hook point")
+    if changed or in_backward():
+        passed(point, changed)
+    if changed or "forward" in point.__dict__:
+        note(point, out)
+    if getattr(point, "divides", False):
+        check_divisor(point, out)
+    return out
+
+
+def _conformed(out: Any, value: Tensor, name: str) -> Tensor:
     if not isinstance(out, Tensor):
         raise BadArgument(
             f"the edit of {name} returned {type(out).__name__}: return a tensor like the one it was given"

@@ -244,9 +244,10 @@ class MambaMixer(nn.Module):
             return y, emit(self.hook_state, states)[:, -1].clone()
         else:
             states = selective_states(x, delta_decay, delta_write, A, B, h0)
-        # What is returned as state is h itself; a raw hook on hook_state changes one read-out and no more.
+        # What is returned as state is h itself; a raw hook on hook_state changes one read-out and no more, also where
+        # it writes in place: autograd keeps the states for the scan's backward.
         h_last = states[:, -1].clone()
-        read = emit(self.hook_state, states)
+        read = emit(self.hook_state, states, shared=states.requires_grad)
         return self.read(read, C), h_last
 
     def _scan_points(self) -> tuple[nn.Module, ...]:

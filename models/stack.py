@@ -17,8 +17,9 @@ from torch.nn import functional as F
 from hooks import inputs
 from hooks.compiled import never_compiled
 from hooks.errors import BadArgument, told
-from hooks.finite import check_input, check_output, check_weights
+from hooks.finite import check_input, check_weights, checked
 from hooks.point import HookedModule, emit, site
+from hooks.recompute import begin
 from models.heads import ReadOut, read_in
 
 
@@ -153,8 +154,8 @@ class Root(HookedModule):
         self.check_input(x, state, start)
         check_input(x)
         check_weights(self)
-        output, new_state = self._run(x, state, return_state, start, stop)
-        check_output(self, output, lambda: self._run(x, state, return_state, start, stop))
+        begin()
+        output, new_state = checked(self, lambda: self._run(x, state, return_state, start, stop))
         return (output, new_state) if return_state else output
 
     def _run(

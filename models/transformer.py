@@ -29,7 +29,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from hooks.errors import BadArgument
-from hooks.point import emit, watched
+from hooks.point import as_ours, emit
 from hooks.sites import kind_of
 from models.heads import ReadOut
 from models.stack import Root, State
@@ -184,6 +184,7 @@ class Transformer(Root):
         for name, point in own.items():
             row = kind_of(name)
             point.pos_dim = None if row is None else row.pos_dim
+            as_ours(point, name)
 
     def axis_sizes(self) -> dict[str, int]:
         """Size of each named axis that does not depend on the input."""
@@ -200,11 +201,7 @@ class Transformer(Root):
             raise BadArgument(
                 f"the input has {x.shape[1]} tokens and n_ctx is {self.cfg.n_ctx}: give fewer, or build a longer model"
             )
-        if start is None:
-            r = emit(self.hook_embed, self.embed(x))
-        else:
-            # The points of the bridge hand a hook what they get, and the caller's tensor is not the hook's to write to.
-            r = x.clone() if watched(*self.hook_dict.values()) else x
+        r = emit(self.hook_embed, self.embed(x)) if start is None else x
         for i in range(start or 0, self.cfg.n_layers if stop is None else stop):
             (r,) = self.blocks[i](r)
         return (r if stop is not None else self.head(self.ln_final(r))), []
