@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from interp import cli
+from interp.figures import in_house_style
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -384,6 +385,7 @@ def _checks(
     return checks
 
 
+@in_house_style(font_scale=1.05)
 def plot(result: Result) -> Figure:
     """Error against k for each mode, and for each factor; the change by layer and mode; shares of log Δ's variance."""
     from interp import plot as draw
@@ -405,7 +407,7 @@ def plot(result: Result) -> Figure:
     scaled = {"Δ as it is": f"{config['model']}||clean"} | {mode.replace("scale", "Δ "): own + mode for mode in swept}
     for panel, drawn in ((left, lines), (panels[1], scaled))[: 2 if swept else 1]:
         draw.curves(panel, k, {label: tuple(named[key]) for label, key in drawn.items() if key in named}, floor=floor)
-        draw.baseline(panel, k, named["ols||clean"][0], "least squares", floor=floor)
+        draw.baseline(panel, k, named["ols||clean"][0], "least squares")
         panel.set_xlabel("examples seen, k")
         # On a ground of its own: the line of least squares falls through it.
         ground = {"framealpha": 0.85, "edgecolor": "none"}
@@ -433,7 +435,7 @@ def plot(result: Result) -> Figure:
         fontsize=7.5,
         color="0.35",
     )
-    return figure
+    return draw.settle(figure)
 
 
 def _left_in_taps(mode: str, arrays: Mapping[str, Any]) -> str:

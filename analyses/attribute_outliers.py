@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from interp import cli
+from interp.figures import in_house_style
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -361,6 +362,7 @@ def _exposed(model: Root, batch: Batch) -> Tensor | None:
         return predict(model, batch)
 
 
+@in_house_style()
 def plot(result: Result) -> Figure:
     """Error against α; placement, else what knock-outs undo; votes, their split, the gate; what edits change."""
     from interp.outliers.figure import figure

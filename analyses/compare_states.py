@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from interp import cli
+from interp.figures import in_house_style
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -301,6 +302,7 @@ def _checks(studies: list[Study], loaded: list[Root], alike: Alike, asked: Plan)
     return checks
 
 
+@in_house_style()
 def plot(result: Result) -> Figure:
     """What is read, which layers are alike, memory with its half-life and its content, rank, norm, error, swaps."""
     from interp.states.figure import figure

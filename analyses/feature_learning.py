@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from interp import cli
+from interp.figures import in_house_style
 
 if TYPE_CHECKING:
     import numpy as np
@@ -327,6 +328,7 @@ def _twin(subject: Subject) -> Any:
 # --- figure -----------------------------------------------------------------------------------
 
 
+@in_house_style()
 def plot(result: Result) -> Figure:
     """Error against k; the variants' errors; β read by k; the variants' reading; the label transform, its degrees."""
     import numpy as np
@@ -346,7 +348,7 @@ def plot(result: Result) -> Figure:
     floor = 0.5 * min(float(one[0][1:].min()) for name, one in lines.items())
     shown = {name: tuple(one) for name, one in lines.items() if name}
     draw.curves(error, 1 + arrays["window"], shown, floor=max(floor, 1e-4))
-    draw.baseline(error, 1 + arrays["window"], np.ones(len(arrays["window"])), "predict 0", floor=None)
+    draw.baseline(error, 1 + arrays["window"], np.ones(len(arrays["window"])), "predict 0")
     error.set_xscale("log", base=2)
     error.set_xlabel("pairs seen + 1 (windows)")
     error.set_ylabel("error ÷ that of 0 on the same queries")
@@ -376,7 +378,7 @@ def plot(result: Result) -> Figure:
     )
     kept = {"shuffled": ("shuffled", 3), "linear": ("Σ y φ(x)", 0), "bent": ("Σ (y, y², tanh y) φ(x)", 1)}
     for key, (name, style) in kept.items():
-        draw.baseline(reads, ks, arrays[f"read_{key}"][0], name, floor=None, style=style)
+        draw.baseline(reads, ks, arrays[f"read_{key}"][0], name, style=style)
     reads.set_xscale("log", base=2)
     reads.set_xticks(ks, [str(k) for k in ks])
     reads.set_ylim(-0.15, 1.45)  # room for the legend
@@ -389,7 +391,7 @@ def plot(result: Result) -> Figure:
     have = {key: name for key, name in named.items() if f"curve_{key}" in arrays}
     draw.curves(curve, arrays["label"], {name: tuple(arrays[f"curve_{key}"]) for key, name in have.items()}, floor=None)
     middle, root = arrays["label_line"]
-    draw.baseline(curve, arrays["label"], (arrays["label"] - middle) / root, "the label itself", floor=None)
+    draw.baseline(curve, arrays["label"], (arrays["label"] - middle) / root, "the label itself")
     curve.set_xlabel("label y")
     curve.set_ylabel("t(y) of layer 0, root mean square 1")
     curve.legend(frameon=False, fontsize=7, loc="best")

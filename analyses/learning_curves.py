@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from interp import cli
+from interp.figures import in_house_style
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -204,6 +205,7 @@ def _checks(
 # --- figure -----------------------------------------------------------------------------------
 
 
+@in_house_style()
 def plot(result: Result) -> Figure:
     """A panel for each setting: models in colour, rivals in grey, published numbers as rings."""
     from interp import plot as draw

@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from interp import cli
+from interp.figures import in_house_style
 
 if TYPE_CHECKING:
     import numpy as np
@@ -51,7 +52,6 @@ NAMES = {
 }  # fmt: skip
 """What the figure calls the targets of the probes."""
 DISTANCE = "distance: Σ (ŷ − algorithm)² ÷ Σ ŷ²"
-OTHER: dict[str, Any] = {"floor": None, "style": 1}
 NEAREST = ("best", "setting", "clear")
 FP32 = 1e-4
 """Largest difference between two fp32 paths of one function, relative to the largest value."""
@@ -283,6 +283,7 @@ def _checks(
 # --- figure -----------------------------------------------------------------------------------
 
 
+@in_house_style()
 def plot(result: Result) -> Figure:
     """Lens, scale and shift, shares of the decrease; probes of residual and state, nearest algorithms, map."""
     import numpy as np
@@ -297,8 +298,8 @@ def plot(result: Result) -> Figure:
     symbols = len(arrays["rivals"]) > 0
     fitted = {"scale a": "scale"} if symbols else {"scale a": "scale", "shift b": "shift"}
     draw.curves(fit, blocks, {name: tuple(arrays[key]) for name, key in fitted.items()}, floor=None)
-    draw.baseline(fit, blocks, np.ones(len(blocks)), "no scaling" if symbols else "no scaling, no shift", **OTHER)
-    draw.baseline(fit, blocks, np.zeros(len(blocks)), "_", **OTHER)
+    draw.baseline(fit, blocks, np.ones(len(blocks)), "no scaling" if symbols else "no scaling, no shift", style=1)
+    draw.baseline(fit, blocks, np.zeros(len(blocks)), "_", style=1)
     fit.set_ylabel("scale a in log softmax(a z + b)" if symbols else "y ≈ a ŷ + b, median over prompts")
     shares = {"error": tuple(arrays["share"])} if symbols else {}
     shares = shares or {"error": tuple(arrays["share"]), "log error": tuple(arrays["factor"])}
@@ -363,15 +364,14 @@ def _draw_lens(axes: Any, arrays: Mapping[str, Any], blocks: np.ndarray, draw: A
     draw.curves(axes, blocks, {name: tuple(arrays[key]) for name, key in named.items()}, floor=floor)
     level = np.full(len(blocks), float(arrays["lens_floor"]))
     nothing = "chance" if not regression else "knows nothing (fitted)" if rivals else "knows nothing (formula)"
-    draw.baseline(axes, blocks, level, nothing, floor=floor)
+    draw.baseline(axes, blocks, level, nothing)
     # One who knows nothing is drawn already.
     for style, (name, value) in enumerate(zip(rivals, arrays["rival_errors"], strict=True), start=1):
         if name != "uniform":
-            draw.baseline(axes, blocks, np.full(len(blocks), float(value)), name, floor=floor, style=style)
+            draw.baseline(axes, blocks, np.full(len(blocks), float(value)), name, style=style)
     for style, (name, key) in enumerate({"GD, a step a block": "descent_gd", "GD++": "descent_gdpp"}.items(), start=2):
         if key in arrays:
-            seen = np.where(arrays[key] >= (floor or 0.0), arrays[key], np.nan)
-            draw.baseline(axes, blocks, seen, name, floor=floor, style=style)
+            draw.baseline(axes, blocks, arrays[key], name, style=style)
 
 
 def _draw_probes(axes: Any, arrays: Mapping[str, Any], features: str, draw: Any) -> None:
@@ -391,10 +391,10 @@ def _draw_probes(axes: Any, arrays: Mapping[str, Any], features: str, draw: Any)
         lines[f"{NAMES['w_ols']}, k = {ks[0]}"] = tuple(arrays[f"{name}_{ks[0]}"][targets.index("w_ols")])
     draw.curves(axes, at, lines, floor=None)
     first = NAMES[targets[0]]
-    draw.baseline(axes, at, arrays[f"{name}_{ks[-1]}_shuffled"][0, 0], f"{first}, shuffled", floor=None)
-    draw.baseline(axes, at, arrays[f"{name}_{ks[-1]}_untrained"][0, 0], f"{first}, untrained", floor=None, style=1)
+    draw.baseline(axes, at, arrays[f"{name}_{ks[-1]}_shuffled"][0, 0], f"{first}, shuffled")
+    draw.baseline(axes, at, arrays[f"{name}_{ks[-1]}_untrained"][0, 0], f"{first}, untrained", style=1)
     sums = np.full(len(at), arrays[f"probe_sums_{ks[-1]}"][0, 0, 0])
-    draw.baseline(axes, at, sums, f"{first}, from running sums", floor=None, style=3)
+    draw.baseline(axes, at, sums, f"{first}, from running sums", style=3)
     axes.set_xticks(at)
     axes.set_ylim(-0.28, 1.05)
     axes.set_ylabel(f"R² of a ridge probe from the {features}")
@@ -414,7 +414,7 @@ def _draw_matches(axes: Any, by_k: Any, arrays: Mapping[str, Any], blocks: np.nd
         drawn = {name: tuple(ends) for name, ends in zip(names, arrays[key], strict=True) if name != "zero"}
         lowest = 0.5 * min(float(mean[mean > 0].min()) for mean, *_ in drawn.values())
         draw.curves(panel, x, drawn, floor=lowest)
-        draw.baseline(panel, x, np.ones(len(x)), "zero", floor=lowest)
+        draw.baseline(panel, x, np.ones(len(x)), "zero")
         named, room = None, (x[-1] - x[0]) / 40
         for at, best, setting, clear in zip(x, *(arrays[f"{key}_{part}"] for part in NEAREST), strict=True):
             # Many numbers of examples: named where it changes, and where there is room.

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from interp import cli
+from interp.figures import in_house_style
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -37,6 +38,7 @@ QUICK = 20
 FRESH = 256
 """Prompts on which every checkpoint is measured once more."""
 FLOOR = 1e-5
+"""The figure goes down to this error; what is smaller is named beside it."""
 
 
 @dataclass(frozen=True)
@@ -196,9 +198,9 @@ def _distance(cell: Cell, model: Any, device: str) -> float:
     return abs(float(error.mean()) - said["error"]) / max(spread, 1e-9)
 
 
+@in_house_style(font_scale=1.05)
 def plot(result: Result) -> Figure:
     """Error by task and model at the middle k of each task: the mean over seeds, each seed, the best rival."""
-    import numpy as np
 
     from interp import plot as draw
 
@@ -214,8 +216,9 @@ def plot(result: Result) -> Figure:
         for i, model in enumerate(group):
             rows = table[table["model"] == model]
             at = [labels.index(label) + (i - (len(groups) - 1) / 2) * 0.6 / len(groups) for label in rows["label"]]
-            panel.plot(np.maximum(rows["error"], FLOOR), at, ".", color="0.2", markersize=3, linestyle="none")
+            panel.plot(rows["error"], at, ".", color="0.2", markersize=3, linestyle="none")
         panel.set_xscale("log")
+        panel.set_xlim(left=max(FLOOR, panel.get_xlim()[0]))
         panel.tick_params(axis="x", which="minor", labelsize=6)
         panel.set_xlabel("error in the task's unit")
         panel.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
@@ -223,11 +226,11 @@ def plot(result: Result) -> Figure:
     figure.suptitle(_title(table, seeds), fontsize=11)
     figure.supxlabel(
         "small dots: one training each; marks and lines: their mean and its 95 % interval over 1280 prompts, which "
-        f"says nothing about other trainings; drawn from {FLOOR:g} up",
+        "says nothing about other trainings",
         fontsize=7,
         color="0.35",
     )
-    return figure
+    return draw.settle(figure)
 
 
 def middle(table: pd.DataFrame) -> pd.DataFrame:
@@ -252,7 +255,7 @@ def _by_label(rows: pd.DataFrame, labels: Sequence[str], of: str) -> tuple[Any, 
     # The models of several seeds are measured on prompts of their own seeds: their errors are independent.
     squares = (rows[f"{of}standard_error"] ** 2).groupby(rows["label"]).sum()
     spread = 1.96 * np.sqrt((squares / grouped.size() ** 2).reindex(labels).to_numpy())
-    return tuple(np.maximum(value, FLOOR) for value in (mean, mean - spread, mean + spread))  # type: ignore[return-value]
+    return mean, mean - spread, mean + spread
 
 
 def _title(table: pd.DataFrame, seeds: int) -> str:

@@ -158,8 +158,10 @@ def integrated_gradients(
     Raises :class:`BadArgument` for a pattern of several sites, a baseline that does not fit, a model in train mode.
     (Sundararajan et al. 2017)
     """
-    # Here, because captum loads matplotlib.
+    # Here, because captum loads matplotlib, which first has to be safe from a back end that is not there.
     from captum.attr import IntegratedGradients
+
+    import interp.plot.backend  # noqa: F401
 
     gradients_can_be("attribution")
     name, *more = hooks.resolve(model, site)

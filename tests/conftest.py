@@ -27,6 +27,7 @@ os.environ["WANDB_MODE"] = "disabled"
 os.environ["MPLBACKEND"] = "Agg"
 os.environ.setdefault("NUMBA_NUM_THREADS", "2")
 
+import matplotlib.colors
 import pytest
 import torch
 from torch.nn.modules import module as torch_module
@@ -142,12 +143,22 @@ def process_state() -> dict[str, Any]:
         "global forward pre-hooks": len(torch_module._global_forward_pre_hooks),
         "global backward hooks": len(torch_module._global_backward_hooks),
         "working directory": os.getcwd(),
+        # By the dictionary below: asked for in the ordinary way, the back end would be chosen now.
+        "matplotlib's settings": dict(dict.items(matplotlib.rcParams)),
+        "matplotlib's short names of colours": [matplotlib.colors.to_rgb(code) for code in "bgrcmyk"],
     }
 
 
 def changes(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """One line for each entry that differs."""
-    return [f"{name}: {before[name]} → {after[name]}" for name in before if before[name] != after[name]]
+    """One line for each entry that differs; of a dictionary, for each of its entries."""
+    found = []
+    for name, one in before.items():
+        other = after[name]
+        if isinstance(one, dict):
+            found += changes(one, other)
+        elif one != other:
+            found.append(f"{name}: {one} → {other}")
+    return found
 
 
 @pytest.fixture(autouse=True)

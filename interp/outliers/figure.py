@@ -50,7 +50,7 @@ def figure(result: Result) -> Figure:
         fontsize=7.5,
         color="0.35",
     )
-    return whole
+    return draw.settle(whole)
 
 
 def _curve(axes: Axes, result: Result) -> str:
@@ -63,7 +63,7 @@ def _curve(axes: Axes, result: Result) -> str:
         one = rows[rows.model == name].sort_values("alpha")
         line = (np.array(one.alpha), tuple(np.array(one[column]) for column in ("value", "low", "high")))
         if name in BASELINES:
-            draw.baseline(axes, line[0], line[1][0], BASELINES[name], floor=floor, style=list(BASELINES).index(name))
+            draw.baseline(axes, line[0], line[1][0], BASELINES[name], style=list(BASELINES).index(name))
         else:
             lines[name] = line[1]
     draw.curves(axes, np.sort(rows.alpha.unique()), lines, floor=floor)
@@ -157,8 +157,8 @@ def _gates(axes: Axes, result: Result) -> str:
     draw.curves(axes, rank, padded, floor=1e-6)
     top = next(iter(lines.values()))[0, 0]
     halved = top * 0.5 ** (rank - 1.0)
-    halved[halved < 1e-6] = np.nan  # the floor is no level of its own
-    draw.baseline(axes, rank, halved, "halved by each (theory: slope −log 2)", floor=1e-6)
+    halved[halved < 1e-6] = np.nan  # a slope, not a level: where it leaves the panel says nothing
+    draw.baseline(axes, rank, halved, "halved by each (theory: slope −log 2)")
     axes.locator_params(axis="x", integer=True)
     axes.set_xlabel("rank of closeness to the query, among its kind")
     axes.set_ylabel("selection gate G (write × later decays)")

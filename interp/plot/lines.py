@@ -12,7 +12,13 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from interp.plot.outside import hidden
 from interp.plot.style import COLOURS, GREYS, MARKERS, STYLES
+
+MARGIN = 0.05
+"""What matplotlib leaves free at each end of an axis, as a share of it."""
+NEAR = 30.0
+"""A panel of learning curves goes down to the errors of rivals that are at most this many times below a model's."""
 
 
 def curves(
@@ -22,15 +28,14 @@ def curves(
     *,
     floor: float | None,
 ) -> None:
-    """Lines with interval bands on a log axis; ``lines`` is name → (mean, low, high). Below ``floor`` nothing is
-    drawn; ``floor=None`` is a linear axis.
+    """Lines with interval bands on a log axis; ``lines`` is name → (mean, low, high). What is below ``floor`` is below
+    the panel; ``floor=None`` is a linear axis.
     """
-    bottom = -np.inf if floor is None else floor
     for i, (name, (mean, low, high)) in enumerate(lines.items()):
         style = i % len(STYLES)
         axes.plot(
             x,
-            np.maximum(mean, bottom),
+            mean,
             color=COLOURS[style],
             linestyle=STYLES[style],
             marker=MARKERS[style],
@@ -39,12 +44,10 @@ def curves(
             linewidth=1.4,
             label=name,
         )
-        axes.fill_between(
-            x, np.maximum(low, bottom), np.maximum(high, bottom), color=COLOURS[style], alpha=0.18, linewidth=0
-        )
+        axes.fill_between(x, low, high, color=COLOURS[style], alpha=0.18, linewidth=0)
     if floor is not None:
         axes.set_yscale("log")
-        axes.set_ylim(bottom=floor)
+        axes.set_ylim(floor, _range([end for line in lines.values() for end in line], floor)[1])
     seaborn.despine(ax=axes)
 
 
@@ -61,17 +64,15 @@ def families(
     :func:`curves`; ``key`` also names the groups in the legend (once in a figure is enough). What was drawn before with
     a label (:func:`baseline`) is in the legend too.
     """
-    bottom = -np.inf if floor is None else floor
     members = list(dict.fromkeys(member for lines in groups.values() for member in lines))
-    for i, lines in enumerate(groups.values()):
+    for i, (group, lines) in enumerate(groups.items()):
         colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
         for member, (x, line) in lines.items():
-            mean, low, high = np.maximum(line, bottom).T
+            mean, low, high = np.asarray(line).T
             style = STYLES[members.index(member) % len(STYLES)]
-            every = (0, max(1, len(x) // 8))
-            axes.plot(
-                x, mean, color=colour, linestyle=style, marker=marker, markersize=3, markevery=every, linewidth=1.3
-            )
+            look: dict[str, Any] = {"marker": marker, "markersize": 3, "markevery": (0, max(1, len(x) // 8))}
+            look["label"] = hidden(" ".join(filter(None, (group, member))))
+            axes.plot(x, mean, color=colour, linestyle=style, linewidth=1.3, **look)
             axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
             if len(x) == 1:  # a band of one point has no width
                 axes.vlines(x, low, high, color=colour, linewidth=1.3)
@@ -87,6 +88,8 @@ def families(
     beside, names = axes.get_legend_handles_labels()
     if floor is not None:
         axes.set_yscale("log")
+        drawn = [np.asarray(line) for lines in groups.values() for _, line in lines.values()]
+        axes.set_ylim(*_range(drawn, floor))
     if handles or beside:
         _headroom(axes, 0.085 * -(-len([*handles, *beside]) // 2))
         legend = ([*handles, *beside], [*labels, *names])
@@ -97,6 +100,18 @@ def families(
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
     seaborn.despine(ax=axes)
+
+
+def _range(values: Sequence[Num[np.ndarray, "..."]], floor: float) -> tuple[float, float]:
+    """The ends of a log axis for what is at ``floor`` or above it, with the margin that matplotlib leaves."""
+    every = np.concatenate([np.ravel(each) for each in values]) if len(values) else np.array([])
+    every = every[np.isfinite(every)]
+    shown = np.maximum(every, floor)
+    low, high = float(shown.min(initial=np.inf)), float(shown.max(initial=0.0))
+    if not low < high:
+        return floor, 10 * max(floor, high)
+    room = (high / low) ** MARGIN
+    return floor if (every < floor).any() else low / room, high * room
 
 
 def _headroom(axes: Axes, share: float) -> None:
@@ -120,13 +135,12 @@ def baseline(
     y: Float[np.ndarray, "k"],
     name: str,
     *,
-    floor: float | None,
     style: int = 0,
 ) -> None:
     """A reference curve: thick, grey, without a band of its own; ``style`` tells several apart."""
     axes.plot(
         x,
-        np.maximum(y, -np.inf if floor is None else floor),
+        y,
         color="0.45",
         linestyle=STYLES[style],
         linewidth=2.6 if style == 0 else 1.8,
@@ -140,13 +154,12 @@ def learning(axes: Axes, lines: Sequence[Any], order: Mapping[str, Sequence[str]
     """Curves against k, each with ``who``, ``kind``, ``ks`` and ``levels`` (mean, low, high; k).
 
     Models in colour with a band and marks; rivals in grey without, told apart by line style and shade; published
-    numbers as rings. ``order`` is kind → names: a name looks the same in every panel. On a log axis what is smaller
-    than any model's error is drawn at the bottom, and a rival may leave the panel at the top.
+    numbers as rings. ``order`` is kind → names: a name looks the same in every panel. A log axis is that of the models
+    and of what is near them: others leave the panel, at the bottom (a rival that is exact) or at the top.
     """
-    floor = _floor(lines) if log else -np.inf
     for line in lines:
         place = list(order[line.kind]).index(line.who)
-        mean, low, high = np.maximum(line.levels, floor)
+        mean, low, high = line.levels
         look: dict[str, Any] = {"label": line.who}
         if line.kind == "model":
             colour = COLOURS[place % len(COLOURS)]
@@ -168,9 +181,11 @@ def learning(axes: Axes, lines: Sequence[Any], order: Mapping[str, Sequence[str]
         if line.kind == "model":
             axes.fill_between(line.ks, low, high, color=colour, alpha=0.18, linewidth=0)
     if log:
+        floor = _floor(lines)
         models = [line.levels[0].max() for line in lines if line.kind == "model"]
+        top = _range([line.levels for line in lines], floor)[1]
         axes.set_yscale("log")
-        axes.set_ylim(floor / 1.3, min(axes.get_ylim()[1], 12 * max(models, default=10.0)))
+        axes.set_ylim(floor / 1.3, min(top, 12 * max(models, default=10.0)))
         axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 3.0) if axes.get_ylim()[1] < 300 * floor else (1.0,)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
@@ -179,8 +194,8 @@ def learning(axes: Axes, lines: Sequence[Any], order: Mapping[str, Sequence[str]
 
 
 def _floor(lines: Sequence[Any]) -> float:
-    """The bottom of a log axis: below the smallest error of a model, or of a rival that is not 0 but for rounding."""
-    models = [line.levels[0].min() for line in lines if line.kind == "model"]
-    others = [line.levels[0][line.levels[0] > 1e-6].min(initial=1.0) for line in lines if line.kind != "model"]
-    smallest = min(models) if models else min(others, default=1e-3)
-    return float(max(smallest, 1e-7)) / 2
+    """The bottom of a log axis: below the smallest error of a model, and below those of rivals near it."""
+    models = [float(np.nanmin(line.levels[0])) for line in lines if line.kind == "model"]
+    others = np.concatenate([line.levels[0] for line in lines if line.kind != "model"] or [np.array([])])
+    smallest = max(min(models), 1e-7) if models else float(others[others > 1e-6].min(initial=1.0))
+    return float(others[others >= smallest / NEAR].min(initial=smallest)) / 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import matplotlib
 import numpy as np
 from jaxtyping import Float
 from matplotlib.axes import Axes
@@ -14,18 +15,22 @@ from matplotlib.colors import LogNorm, Normalize, SymLogNorm
 def level_map(
     axes: Axes, values: Float[np.ndarray, "row column"], rows: Sequence[str], *, label: str, edge: float | None = None
 ) -> None:
-    """Values on a log colour scale, dark where small, 0 as the smallest that is not; ``edge`` is a line between two
-    columns.
+    """Values on a log colour scale, dark where small; black where 0, which has no place on it (the bar then ends in a
+    black arrow). ``edge`` is a line between two columns.
     """
-    shown = np.maximum(values, values[values > 0].min() if (values > 0).any() else 1.0)
-    low, high = float(shown.min()), float(shown.max())
+    some = values[np.isfinite(values) & (values > 0)]
+    low, high = (float(some.min()), float(some.max())) if len(some) else (1.0, 1.0)
     norm = LogNorm(low, high if high > low else low * 1.01)
-    image = axes.imshow(shown, cmap="viridis", norm=norm, aspect="auto", interpolation="nearest")
+    none = values <= 0
+    colours = matplotlib.colormaps["viridis"].with_extremes(under="black")
+    shown = np.where(none, low / 2, values)
+    image = axes.imshow(shown, cmap=colours, norm=norm, aspect="auto", interpolation="nearest")
     axes.set_yticks(range(len(rows)), list(rows))
     axes.tick_params(length=2)
     if edge is not None:
         axes.axvline(edge, color="white", linewidth=1.6, linestyle="--")
-    axes.figure.colorbar(image, ax=axes, fraction=0.05, pad=0.02).set_label(label)
+    extend = "min" if none.any() else "neither"
+    axes.figure.colorbar(image, ax=axes, fraction=0.05, pad=0.02, extend=extend).set_label(label)
 
 
 def heat_map(

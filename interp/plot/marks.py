@@ -63,12 +63,21 @@ def dots(
 def shares(
     axes: Axes, bars: Mapping[str, Mapping[str, tuple[float, float, float]]], levels: Sequence[str], *, label: str
 ) -> None:
-    """Stacked bars that sum to 1: bar name → level → (share, low, high); the share and its interval written in."""
+    """Stacked bars that sum to 1: bar name → level → (share, low, high); the share and its interval written in.
+
+    An estimate below 0 has no bar: it is written under the others, which then reach above 1.
+    """
     shades = {level: COLOURS[i % len(COLOURS)] for i, level in enumerate(levels)}
     hatches = dict(zip(levels, ("", "///", "...", "xx", "\\\\", "++"), strict=False))
-    for position, parts in enumerate(bars.values()):
+    names, top = [], 1.0
+    for position, (name, parts) in enumerate(bars.items()):
         bottom = 0.0
+        names.append(
+            "\n".join([name, *(f"{level} {part[0]:.2f}" for level, part in parts.items() if part[0] < -0.005)])
+        )
         for level, (share, low, high) in parts.items():
+            if share <= 0:
+                continue
             axes.bar(
                 position,
                 share,
@@ -93,8 +102,9 @@ def shares(
                     bbox={"facecolor": "white", "alpha": 0.85, "edgecolor": "none", "pad": 0.6},
                 )
             bottom += share
-    axes.set_xticks(range(len(bars)), list(bars))
-    axes.set_ylim(0, 1)
+        top = max(top, bottom)
+    axes.set_xticks(range(len(bars)), names)
+    axes.set_ylim(0, top)
     axes.set_ylabel(label)
     seaborn.despine(ax=axes)
     present = [level for level in levels if any(level in parts for parts in bars.values())]

@@ -109,8 +109,8 @@ def _draw_reading(reads: Any, layers: Any, arrays: Mapping[str, Any], names: lis
         best, asked = _best(arrays, i), ~(untrained[0, :, 0] != untrained[0, :, 0])
         by_k[name] = {"trained": (ks, score[best[0]]), "untrained": (ks[asked], untrained[best[1]][asked])}
         by_layer[name] = {"trained": _over(score[:, -1]), "untrained": _over(untrained[:, -1])}
-    draw.baseline(reads, ks, arrays["sums"][0, :, 0], "from sums of y x and x xᵀ", floor=None)
-    draw.baseline(reads, ks, arrays["shuffled_0"][0, :, :, 0].mean(0), f"shuffled ({names[0]})", floor=None, style=3)
+    draw.baseline(reads, ks, arrays["sums"][0, :, 0], "from sums of y x and x xᵀ")
+    draw.baseline(reads, ks, arrays["shuffled_0"][0, :, :, 0].mean(0), f"shuffled ({names[0]})", style=3)
     reads.set_ylim(-0.15, 1.0)
     draw.families(reads, by_k, floor=None, key=True)
     _axis(reads, "examples seen, k", f"R² of {target}, best layer")
