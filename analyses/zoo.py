@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from interp import cli
+from interp.figures import in_house_style
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,10 +30,6 @@ if TYPE_CHECKING:
 QUICK = 128
 BOUND = 4.0
 """Largest distance from the card, in standard errors."""
-
-
-ROWS = 10_000
-"""The whole table is shown."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +111,7 @@ def _checks(member: Member) -> list[Check]:
     ]
 
 
+@in_house_style(font_scale=1.05)
 def plot(result: Result) -> Figure:
     """The grid: a row for each task, a column for each architecture."""
     from interp import plot as draw

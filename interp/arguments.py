@@ -101,8 +101,11 @@ def name_and_options(flag: str, text: str) -> tuple[str, dict[str, Any]]:
 
 
 def usable_device(name: str) -> torch.device:
-    """The device called ``name``, if this machine has it; else ``BadArgument`` with those that it has."""
+    """The device called ``name``, if this machine has it; else ``BadArgument`` with those that it has, and why not."""
     have = ["cpu"]
+    if name.partition(":")[0] == "cuda" and not torch.cuda.is_available():
+        why = "finds no GPU" if torch.version.cuda else "is built without CUDA"
+        raise BadArgument(f'device "{name}": torch {torch.__version__} {why}; there is: cpu; give --device cpu')
     if torch.cuda.is_available():
         have += ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
     if torch.backends.mps.is_available():

@@ -159,9 +159,8 @@ def integrated_gradients(
     (Sundararajan et al. 2017)
     """
     # Here, because captum loads matplotlib, which first has to be safe from a back end that is not there.
+    import interp.plot.backend  # noqa: F401, I001
     from captum.attr import IntegratedGradients
-
-    import interp.plot.backend  # noqa: F401
 
     gradients_can_be("attribution")
     name, *more = hooks.resolve(model, site)

@@ -5,8 +5,8 @@
 
 A command is a module with a docstring, ``Config`` (a frozen dataclass with a string under each
 field: it *is* the command line) and ``run(config)``. If it also has ``plot(result)``, what ``run``
-returns is a :class:`interp.result.Result` and is saved with its figure. It may have ``ROWS``, how many rows of
-the table are shown, and ``verdict(result)``: one line where what was found is a failure of what was looked at.
+returns is a :class:`interp.result.Result` and is saved, then drawn; the figure's title is printed above the table. It
+may have ``verdict(result)``: one line where what was found is a failure of what was looked at.
 
 Exit codes: 0 done; 2 a wrong argument; 1 a run that failed, with nothing half-written. Every error
 is one line on stderr; ``MAMBASCOPE_TRACEBACK=1`` prints the traceback before it.
@@ -66,11 +66,13 @@ def main(module: ModuleType, argv: Sequence[str] | None = None) -> int:
         look_for_cycles_seldom()
         os.environ.setdefault(*SHORT_WAIT)
         report: Report = module.run(config)
+        said = no_figure = ""
         if hasattr(module, "plot"):
-            report = saved(module, report, getattr(config, "out", None) or Path("out"))
-        summary: Any = report.summary
-        shown = partial(summary, module.ROWS) if hasattr(module, "ROWS") else summary
-        _print(report.to_json() if getattr(config, "json", False) else shown())
+            report, said, no_figure = _saved(module, report, getattr(config, "out", None) or Path("out"))
+        _print(report.to_json() if getattr(config, "json", False) else f"{said}{report.summary()}")
+        if no_figure:
+            print(no_figure, file=sys.stderr, flush=True)
+            return FAILED
         if hasattr(module, "verdict") and (wrong := module.verdict(report)):
             print(f"error: {wrong}", file=sys.stderr, flush=True)
             return FAILED
@@ -126,12 +128,35 @@ def explain(error: BaseException) -> tuple[int, str]:
 
 
 def saved(module: ModuleType, result: Any, out: Path) -> Any:
-    """``result``, written with its figure; the figure is drawn by the command's own ``plot``."""
-    from interp import plot
+    """``result``, written with its figure. A figure that fails is one line on stderr: the numbers are written."""
+    result, _, no_figure = _saved(module, result, out)
+    if no_figure:
+        print(no_figure, file=sys.stderr, flush=True)
+    return result
 
-    figure = module.plot(result)
-    figures = {"figure.png": partial(plot.png, figure), "figure.svg": partial(plot.svg, figure)}
-    return result.save(out, analysis=_name(module), figures=figures)
+
+def _saved(module: ModuleType, result: Any, out: Path) -> tuple[Any, str, str]:
+    """The result with its folder, the figure's title as lines, and one line where the figure failed.
+
+    The numbers are on the disk before anything is drawn.
+    """
+    from interp.printed import folded
+
+    result = result.save(out, analysis=_name(module))
+    try:
+        from interp import plot
+
+        with plot.house():
+            figure = module.plot(result)
+        result.illustrate({"figure.png": partial(plot.png, figure), "figure.svg": partial(plot.svg, figure)})
+    except Exception as error:
+        if os.environ.get("MAMBASCOPE_TRACEBACK") == "1":
+            traceback.print_exc()
+        what = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
+        again = f"{module.__name__.rpartition('.')[2]}.plot(Result.load(…)) draws them"
+        return result, "", f"error: the figure was not drawn ({what}); the numbers are in {result.folder}: {again}"
+    title = " ".join(figure.get_suptitle().split())
+    return result, "".join(f"{line}\n" for line in folded(title)) if title else "", ""
 
 
 def _name(module: ModuleType) -> str:

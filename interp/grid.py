@@ -122,10 +122,6 @@ def table(members: Sequence[Member]) -> pd.DataFrame:
             {
                 "model": each.name,
                 "task": each.task.name,
-                "architecture": each.architecture,
-                "parameters": each.parameters,
-                "steps": int(each.card.get("steps", 0)),
-                "seconds": round(float(each.card.get("seconds", np.nan))),
                 "at k": " ".join(map(str, each.ks)),
                 "errors": " ".join(said(float(mean)) for mean in each.error.mean(axis=0)),
                 "best rival": f"{' '.join(sorted(named))}: {' '.join(texts)}",
@@ -133,6 +129,10 @@ def table(members: Sequence[Member]) -> pd.DataFrame:
                 "low": float(spread.low),
                 "high": float(spread.high),
                 "from card": max(each.gaps.values(), default=np.nan),
+                "architecture": each.architecture,
+                "parameters": each.parameters,
+                "steps": int(each.card.get("steps", 0)),
+                "seconds": round(float(each.card.get("seconds", np.nan))),
             }
         )
     return pd.DataFrame(rows)

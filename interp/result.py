@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from io import BufferedIOBase
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,12 @@ import pandas as pd
 from hooks.errors import BadArgument
 from interp.files import strict_json, write_whole
 from interp.folders import clear_dead, whole_folder
+from interp.printed import ROWS, folded, lines_of
 
 FORMAT = "mambascope-result-1"
 FILES = ("result.json", "table.csv", "arrays.npz")
-Figures = Mapping[str, Callable[[Path], Any] | bytes]
+Figures = Mapping[str, Callable[[BufferedIOBase], Any] | bytes]
+"""A file's name and its bytes, or a function that writes them into the file that it is given."""
 
 
 @dataclass(frozen=True)
@@ -101,9 +104,9 @@ class Result:
     def save(self, out: Path | str, *, analysis: str, figures: Figures | None = None) -> Result:
         """Write ``out/<analysis>/<task>-<model>-<digest>/`` whole, and return it with its folder.
 
-        ``figures`` maps a file name to its bytes or to a function that writes the path it is given.
         An identical run's folder is replaced in one step. Raises :class:`BadArgument` when ``out``
         cannot be written, :class:`RunFailed` when the disk is full; what was there then stays.
+        ``figures`` are drawn once the numbers are on the disk (:meth:`illustrate`).
         """
         config = self.config
         models = config.get("model") or "+".join(map(str, config.get("models") or ["none"]))
@@ -115,12 +118,24 @@ class Result:
             buffer = io.BytesIO()
             np.savez_compressed(buffer, **self.arrays)  # type: ignore[arg-type]
             write_whole(folder / "arrays.npz", buffer.getvalue())
-            for file, figure in (figures or {}).items():
-                if isinstance(figure, bytes):
-                    write_whole(folder / file, figure)
-                else:
-                    figure(folder / file)
-        return Result(config, self.table, self.arrays, self.checks, self.provenance, final)
+        saved = Result(config, self.table, self.arrays, self.checks, self.provenance, final)
+        saved.illustrate(figures or {})
+        return saved
+
+    def illustrate(self, figures: Figures) -> None:
+        """Draw ``figures`` into the folder of a saved result, each whole or not at all; the numbers stay as they are.
+
+        Raises what a figure raises, :class:`BadArgument` for a result without a folder, and :class:`RunFailed` when
+        the disk is full.
+        """
+        if self.folder is None:
+            raise BadArgument("this result has no folder to draw into; save it first: result.save(out, analysis=…)")
+        for file, figure in figures.items():
+            if not isinstance(figure, bytes):
+                buffer = io.BytesIO()
+                figure(buffer)
+                figure = buffer.getvalue()
+            write_whole(self.folder / file, figure)
 
     @staticmethod
     def load(path: Path | str) -> Result:
@@ -169,15 +184,15 @@ class Result:
         }
         return strict_json(head, indent=2)
 
-    def summary(self, rows: int = 24) -> str:
+    def summary(self, rows: int = ROWS) -> str:
         """The first ``rows`` rows of the table, the provenance's notes, the checks that do not hold, and the folder."""
-        lines = [self.table.head(rows).to_string(index=False, float_format=lambda v: f"{v:.4g}")]
-        if len(self.table) > rows:
-            lines.append(f"… {len(self.table) - rows} more rows in table.csv")
-        lines += [f"note: {note}" for note in self.provenance.get("notes", ())]
+        lines = lines_of(self.table, rows)
+        for note in self.provenance.get("notes", ()):
+            lines += folded(f"note: {note}", indent="      ")
         failed = [check for check in self.checks if not check.ok]
         lines.append(f"checks: {len(self.checks) - len(failed)} of {len(self.checks)} hold")
-        lines += [f"  does not hold: {c.name} ({c.value:.4g}, bound {c.bound:.4g})" for c in failed]
+        for c in failed:
+            lines += folded(f"  does not hold: {c.name} ({c.value:.4g}, bound {c.bound:.4g})", indent="      ")
         if self.folder is not None:
             lines.append(f"written: {self.folder}")
         return "\n".join(lines)

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from accelerate import Accelerator
 from jaxtyping import Float
@@ -33,6 +34,7 @@ from interp import evaluate, tasks
 from interp.arguments import usable_device
 from interp.curves import rivals
 from interp.files import clear_parts, no_half, strict_json, writable_folder, write_whole
+from interp.printed import folded, lines_of
 from interp.provenance import versions
 from interp.stats import paired_difference
 from interp.tasks.base import Task, model_shape
@@ -63,21 +65,23 @@ class Trained:
         whole = ("model", "ols", "ridge", "vote", "clean_vote", "bayes", "entropy", "chance")
         fitted = [name for name, cells in measured.items() if isinstance(cells, dict) and "mean" not in cells]
         shown = [*(name for name in whole if name in measured), *fitted]
-        lines = ["error on fresh prompts".ljust(24) + "".join(name.rjust(18) for name in shown)]
+        # A line for each of them and a column for each k: the names are long and many.
+        errors = {"error on fresh prompts": shown}
         for key in rows:
             cells = (measured[name].get(key) for name in shown)
-            text = (f"{c['error']:.5f} ± {c['standard_error']:.5f}".rjust(18) if c else "-".rjust(18) for c in cells)
-            lines.append(f"  {key}".ljust(24) + "".join(text))
+            errors[key] = [f"{c['error']:.3g} ± {c['standard_error']:.2g}" if c else "" for c in cells]
+        lines = lines_of(pd.DataFrame(errors))
         lines.append(
             f"{self.card['parameters']} parameters, {self.card['steps']} steps, "
             f"{self.card['seconds']:.0f} s, learning rate {self.card['learning_rate']:g}"
         )
         blind = [f"{cell['lr']:g}" for cell in self.card["learning_rates"] if cell.get("behind", (1.0,))[0] <= 0]
         if blind:
-            lines.append(
+            lines += folded(
                 f"note: the search could not tell {' and '.join(blind)} from {self.card['learning_rate']:g}: after "
                 f"{self.card['recipe']['search_steps']} steps their losses differ by no more than chance between "
-                "validation prompts; a longer --search-steps may tell"
+                "validation prompts; a longer --search-steps may tell",
+                indent="      ",
             )
         lines.append(f"{'was finished already' if self.already else 'written'}: {self.folder}")
         return "\n".join(lines)

@@ -62,6 +62,7 @@ def command(run: Callable[[Any], Any], plot: Callable[[Any], Any] | None = None)
 def drawn(result: Result) -> Any:
     figure = Figure((2, 1), layout="constrained")
     figure.subplots().plot([1, 2])
+    figure.suptitle("after 10 examples\nthe error is .25")
     return figure
 
 
@@ -79,7 +80,8 @@ def test_a_run_prints_its_table_and_folder_and_saves_everything(
     said = capsys.readouterr()
     assert (code, said.err) == (0, "")
     (folder,) = (tmp_path / "example").iterdir()
-    assert said.out.splitlines()[0].split() == ["k", "error"]
+    assert said.out.splitlines()[0] == "after 10 examples the error is .25"
+    assert said.out.splitlines()[1].split() == ["k", "error"]
     assert said.out.splitlines()[-1] == f"written: {folder}"
     names = ["arrays.npz", "figure.png", "figure.svg", "result.json", "table.csv"]
     assert sorted(os.listdir(folder)) == names
@@ -156,17 +158,37 @@ def test_the_traceback_is_there_when_asked_for(
     assert err.endswith("error: wrong\n")
 
 
-def test_a_figure_that_fails_leaves_no_folder(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("where", ["plot", "png", "svg"])
+def test_a_figure_that_fails_leaves_the_numbers(
+    where: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def half(figure: Figure, path: Path) -> None:
-        path.write_bytes(b"half")
+    """They are on the disk before anything is drawn, and printed; the exit code and one line say what is missing."""
+
+    def fails(*given: Any) -> None:
+        (folder,) = (tmp_path / "example").iterdir()
+        assert Result.load(folder).config["seed"] == 3
+        raise ValueError("no\nfont")
+
+    monkeypatch.setattr(f"interp.plot.{where}", fails, raising=False)
+    assert cli.main(command(result, fails if where == "plot" else drawn), ["--out", str(tmp_path), "--seed", "3"]) == 1
+    (folder,) = (tmp_path / "example").iterdir()
+    assert Result.load(folder).table.k.tolist() == [5, 10]
+    left = ["figure.png"] if where == "svg" else []
+    assert sorted(set(os.listdir(folder)) - {"arrays.npz", "result.json", "table.csv"}) == left
+    said = capsys.readouterr()
+    assert f"written: {folder}" in said.out and "0.25" in said.out
+    assert said.err.count("\n") == 1
+    assert "ValueError: no font" in said.err and str(folder) in said.err
+
+
+def test_ctrl_c_while_a_figure_is_drawn_leaves_the_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def stopped(result: Result) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("interp.plot.svg", half)
-    assert cli.main(command(result, drawn), ["--out", str(tmp_path)]) == 1
-    assert os.listdir(tmp_path / "example") == []
-    assert capsys.readouterr().err.count("\n") == 1
+    assert cli.main(command(result, stopped), ["--out", str(tmp_path)]) == 1
+    (folder,) = (tmp_path / "example").iterdir()
+    assert Result.load(folder).table.k.tolist() == [5, 10]
+    assert "Ctrl-C" in capsys.readouterr().err
 
 
 def test_an_unwritable_out_exits_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

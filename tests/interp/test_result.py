@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pandas as pd
@@ -118,18 +118,19 @@ def test_an_identical_run_replaces_the_folder_whole(tmp_path: Path) -> None:
 
 @pytest.mark.contract
 @pytest.mark.parametrize("error", [RuntimeError("figure"), KeyboardInterrupt()])
-def test_a_failing_figure_leaves_what_was_there(tmp_path: Path, error: BaseException) -> None:
-    before = make().save(tmp_path, analysis="a", figures={"figure.png": b"before"}).folder
-    assert before is not None
-
-    def fail(path: Path) -> None:
-        path.write_bytes(b"half")
+def test_a_failing_figure_leaves_the_numbers(tmp_path: Path, error: BaseException) -> None:
+    def fail(file: IO[bytes]) -> None:
+        file.write(b"half")
         raise error
 
     with pytest.raises(type(error)):
         make().save(tmp_path, analysis="a", figures={"figure.png": fail})
-    assert (before / "figure.png").read_bytes() == b"before"
-    assert os.listdir(tmp_path / "a") == [before.name]
+    (folder,) = (tmp_path / "a").iterdir()
+    assert sorted(os.listdir(folder)) == ["arrays.npz", "result.json", "table.csv"]
+    Result.load(folder).illustrate({"figure.png": lambda file: file.write(b"whole")})
+    assert (folder / "figure.png").read_bytes() == b"whole"
+    with pytest.raises(BadArgument, match="no folder"):
+        make().illustrate({"figure.png": b"whole"})
 
 
 @pytest.mark.contract
