@@ -211,6 +211,41 @@ def no_print(source: Source) -> Iterator[str]:
             yield source.at(node, "uses sys.stdout; return the text, or hand it to interp/cli.py")
 
 
+MAKERS = {
+    f"torch.{name}"
+    for name in [
+        "arange",
+        "as_tensor",
+        "empty",
+        "eye",
+        "full",
+        "linspace",
+        "ones",
+        "rand",
+        "randint",
+        "randn",
+        "randperm",
+        "tensor",
+        "tril_indices",
+        "triu_indices",
+        "zeros",
+    ]
+}
+
+
+def devices(source: Source) -> Iterator[str]:
+    """A new tensor says where it is: torch's default device is the user's, who may have put the model elsewhere.
+
+    Weights are the exception: a fresh model is where torch puts its tensors (``models/*.py``).
+    """
+    if source.package is None or (fnmatch(source.path, "models/*.py") and source.path.count("/") == 1):
+        return
+    for node in ast.walk(source.tree):
+        if isinstance(node, ast.Call) and dotted(node.func) in MAKERS:
+            if not any(keyword.arg == "device" for keyword in node.keywords):
+                yield source.at(node, f"{dotted(node.func)} without device=")
+
+
 def finished(source: Source) -> Iterator[str]:
     """No debugger and no note to oneself is left in."""
     for number, line in enumerate(source.text.splitlines(), 1):
@@ -299,6 +334,7 @@ CHECKS: tuple[Check, ...] = (
     lazy_imports,
     no_pickle,
     no_print,
+    devices,
     finished,
     reasons,
     kinds,
@@ -368,6 +404,12 @@ BAD: tuple[tuple[Check, str, str, str], ...] = (
     (no_pickle, "interp/a.py", "np.load(path, allow_pickle=True)", "allows pickle"),
     (no_print, "interp/result.py", "def f():\n    print(1)", "interp/result.py:2: prints"),
     (no_print, "analyses/a.py", "sys.stdout.write('x')", "uses sys.stdout"),
+    (
+        devices,
+        "models/scan/a.py",
+        "y = torch.empty(3, dtype=x.dtype)",
+        "models/scan/a.py:1: torch.empty without device=",
+    ),
     (finished, "tests/test_a.py", f"x = 1\n{UNDONE}", "tests/test_a.py:2"),
     (finished, "models/a.py", "breakpoint()", "breakpoint left in"),
     (finished, "models/a.py", "import pdb", "imports pdb"),
@@ -409,6 +451,8 @@ GOOD: tuple[tuple[Check, str, str], ...] = (
         "model.load_state_dict(load_file(path))\nnp.load(p, allow_pickle=False)",
     ),
     (no_print, "interp/cli.py", "print(text)"),
+    (devices, "interp/a.py", "torch.zeros(2, device=x.device)\nx.new_zeros(2)\ntorch.zeros_like(x)"),
+    (devices, "models/a.py", "self.D = nn.Parameter(torch.ones(3))"),
     (no_print, "models/a.py", "def fingerprint(x):\n    return x.print()"),
     (finished, "models/a.py", "# done"),
     (reasons, "tests/test_a.py", "pytest.skip('needs CUDA')\npytest.importorskip('x', reason='y')"),
