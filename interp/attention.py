@@ -29,7 +29,7 @@ from torch import Tensor
 from hooks.edit import Index
 from hooks.errors import BadArgument, TooLarge
 from hooks.inputs import readable
-from hooks.memory import free_memory
+from hooks.memory import allowed_memory
 from hooks.precision import exact
 from interp.contributions import Contributions, contributions
 from interp.inside import INSIDE, inside_of, taps_of
@@ -107,7 +107,7 @@ def matrix(
     columns = _channels(channels, heads, mixer.axis_sizes())
     rows = picked("queries", queries, x.shape[1])
     size = 2 * x.shape[0] * len(columns) * len(rows) * x.shape[1] * next(model.parameters()).element_size()
-    limit = free_memory(x.device) // 2 if max_memory is None else max_memory
+    limit = allowed_memory(x.device, max_memory)
     if size > limit:
         raise TooLarge(
             f"{x.shape[0]} × {len(columns)} channels × {len(rows)} queries × {x.shape[1]} positions take {size:.3g} "

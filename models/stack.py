@@ -164,14 +164,14 @@ class Root(HookedModule):
         """What ``forward`` returns, for arguments that have been checked; layers are counted from the front."""
         raise NotImplementedError
 
-    def _layer(self, layer: int | None, what: str) -> int | None:
+    def _layer(self, layer: Any, what: str) -> int | None:
         """``layer`` counted from the front; blocks 0 … n_layers, and the end itself."""
         count = len(self.blocks)
-        if layer is None or 0 <= layer <= count:
-            return layer
-        if -count <= layer < 0:
-            return count + layer
-        raise BadArgument(f"{what}={layer}: the model has {count} layers")
+        if layer is None:
+            return None
+        if isinstance(layer, bool) or not isinstance(layer, int) or not -count <= layer <= count:
+            raise BadArgument(f"{what}={told(layer)}: the model has {count} layers; give a number from {-count} to {count}")
+        return layer if layer >= 0 else count + layer
 
     def check_input(self, x: Any, state: Any = None, start: int | None = None, what: str = "the input") -> None:
         """Nothing, if the model can read ``x`` and go on from ``state``; else :class:`BadArgument`.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -81,12 +83,98 @@ def test_the_default_is_half_of_what_is_free(
     hooks.record(model, x, "*.hook_delta")
 
 
-@pytest.mark.hygiene
-def test_free_memory_without_proc(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(*args: Any, **kwargs: Any) -> Any:
-        raise FileNotFoundError
+GB = 10**9
+UNLIMITED = 9223372036854771712
+V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+V2 = ("memory.max", "memory.current", "inactive_file")
+HOST = 64 * GB
 
-    there = memory.free_memory(torch.device("cpu"))
-    monkeypatch.setattr("builtins.open", missing)
-    elsewhere = memory.free_memory(torch.device("cpu"))
-    assert elsewhere > 0 and 0.1 < elsewhere / there < 10
+
+@pytest.fixture
+def elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Free memory as psutil says it on any system, and control groups as a folder of the test shows them."""
+    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=HOST))
+    monkeypatch.setattr(memory, "OWN_CGROUPS", tmp_path / "cgroup")
+    for newest, root in ((True, tmp_path / "v2"), (False, tmp_path / "v1")):
+        monkeypatch.setitem(memory._FILES, newest, (root, *memory._FILES[newest][1:]))
+    return tmp_path
+
+
+def group(folder: Path, files: tuple[str, str, str], limit: int | str, used: int, droppable: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / files[0]).write_text(f"{limit}\n")
+    (folder / files[1]).write_text(f"{used}\n")
+    (folder / "memory.stat").write_text(f"anon {used - droppable}\n{files[2]} {droppable}\n")
+
+
+@pytest.mark.law
+def test_without_control_groups_it_is_what_the_system_has_free(elsewhere: Path) -> None:
+    """macOS and Windows have no /proc."""
+    assert memory.free_memory(torch.device("cpu")) == HOST
+
+
+@pytest.mark.law
+@pytest.mark.parametrize(
+    ("own", "groups", "free"),
+    [
+        ("0::/\n", [("v2", V2, 4 * GB, 3 * GB, GB)], 2 * GB),  # a container sees its own group as the root
+        ("0::/a/b\n", [("v2/a/b", V2, "max", GB, 0), ("v2/a", V2, 5 * GB, 4 * GB, 0)], GB),  # the limit is above
+        ("0::/a/b\n", [("v2/a/b", V2, 3 * GB, GB, 0), ("v2/a", V2, 50 * GB, GB, 0)], 2 * GB),
+        ("0::/a\n", [("v2/a", V2, "max", GB, 0)], HOST),
+        ("0::/a\n", [("v2/a", V2, 500 * GB, GB, 0)], HOST),
+        ("0::/a\n", [("v2/a", V2, GB, 2 * GB, 0)], 0),
+        ("4:memory:/job\n3:cpu:/\n", [("v1/job", V1, 3 * GB, GB, 0), ("v1", V1, UNLIMITED, GB, 0)], 2 * GB),
+        ("2:cpu,memory:/docker/0f\n", [("v1", V1, 3 * GB, 2 * GB, GB)], 2 * GB),  # the path is the host's
+        ("4:memory:/job\n0::/\n", [("v1/job", V1, UNLIMITED, GB, 0)], HOST),
+        ("0::/gone\n", [], HOST),
+        ("0::/a\n", [("v2/a", V2, "no number", GB, 0)], HOST),
+    ],
+)
+def test_a_limit_of_the_container_or_the_job_wins_where_it_is_lower(
+    elsewhere: Path, own: str, groups: list[Any], free: int
+) -> None:
+    (elsewhere / "cgroup").write_text(own)
+    for place, files, limit, used, droppable in groups:
+        group(elsewhere / place, files, limit, used, droppable)
+    assert memory.free_memory(torch.device("cpu")) == free
+
+
+@pytest.mark.law
+def test_the_default_follows_the_container(make: Callable[..., Any], x: Tensor, elsewhere: Path) -> None:
+    model = make()
+    hooks.record(model, x)
+    (elsewhere / "cgroup").write_text("0::/\n")
+    group(elsewhere / "v2", V2, 10**6, 10**6 - 1000, 0)
+    with pytest.raises(hooks.TooLarge, match="allowed are 500 B"):
+        hooks.record(model, x)
+
+
+@pytest.mark.law
+@pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="compares with Linux' own account")
+def test_free_memory_is_what_linux_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(memory, "OWN_CGROUPS", tmp_path / "none")
+    line = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable"))
+    assert 0.5 < memory.free_memory(torch.device("cpu")) / (int(line.split()[1]) * 1024) < 2
+
+
+@pytest.mark.hygiene
+@pytest.mark.parametrize("wrong", ["x", "1GB", -1, float("nan"), float("inf"), True, torch.ones(3)])
+def test_a_bound_that_is_none_is_refused_in_one_line(make: Callable[..., Any], x: Tensor, wrong: Any) -> None:
+    """By what every function asks that takes the bound; their own annotations refuse it earlier in the tests."""
+    model = make()
+    with pytest.raises(hooks.BadArgument, match=r"max_memory is .* give a number of bytes") as refused:
+        memory.check_memory(model, x, list(model.hook_dict), wrong)
+    assert "\n" not in str(refused.value)
+    memory.check_memory(model, x, list(model.hook_dict), 2e9)
+
+
+@pytest.mark.hygiene
+@pytest.mark.parametrize("wrong", ["x", 1.0, True, 3, -3, [1], torch.ones(2)])
+def test_a_layer_that_is_none_is_refused_in_one_line(make: Callable[..., Any], x: Tensor, wrong: Any) -> None:
+    model = make()
+    assert len(model.blocks) == 2
+    for name in ("stop_at_layer", "start_at_layer"):
+        with pytest.raises(hooks.BadArgument, match=f"{name}=.*2 layers") as refused:
+            model._layer(wrong, name)
+        assert "\n" not in str(refused.value)
+    assert torch.equal(model(x, stop_at_layer=-1), model(x, stop_at_layer=1))
