@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hooks.errors import BadArgument
+from hooks.errors import BadArgument, told
 from hooks.sites import kind_of
 
 Index = int | slice | Sequence[int] | Tensor | None
@@ -40,6 +40,13 @@ class Edit:
     across_positions: bool = field(default=False, repr=False)
     prompts: Tensor | None = field(default=None, repr=False)
     bind: Callable[[Mapping[str, Tensor]], Edit] | None = field(default=None, repr=False)
+    given: str = field(default="", repr=False)
+
+    def __repr__(self) -> str:
+        """As it is called, a tensor by its shape: ``set_to(a Tensor of shape (8, 1, 16) and float32, pos=[7])``."""
+        where = [f"{name}={told(at)}" for name in ("pos", "channels") if (at := getattr(self, name)) is not None]
+        name, _, rest = self.label.partition("(")
+        return f"{name}({', '.join(filter(None, (rest.removesuffix(')'), self.given, *where)))})"
 
     def __call__(self, tensor: Tensor, site: str = "the tensor") -> Tensor:
         """``tensor`` with the region replaced; the input is never written to."""
@@ -121,11 +128,14 @@ def region_of(values: Tensor, pos: Index, channels: Index, site: str) -> Tensor:
     return values
 
 
-def _affine_edit(label: str, m: float | Tensor, c: float | Tensor, pos: Index, channels: Index) -> Edit:
+def _affine_edit(
+    label: str, m: float | Tensor, c: float | Tensor, pos: Index, channels: Index, given: object = None
+) -> Edit:
     def change(region: Tensor, whole: Tensor, site: str) -> Tensor:
         return affine_map(region, m, c)
 
-    return Edit(label, change, lambda site, shape: (m, c), pos, channels)
+    words = "" if given is None else told(given)
+    return Edit(label, change, lambda site, shape: (m, c), pos, channels, given=words)
 
 
 def affine_map(values: Tensor, m: float | Tensor, c: float | Tensor) -> Tensor:
@@ -153,17 +163,17 @@ def zero(*, pos: Index = None, channels: Index = None) -> Edit:
 
 def scale(factor: float | Tensor, *, pos: Index = None, channels: Index = None) -> Edit:
     """``factor`` times the value; a tensor factor broadcasts to the region."""
-    return _affine_edit("scale()", factor, 0.0, pos, channels)
+    return _affine_edit("scale()", factor, 0.0, pos, channels, factor)
 
 
 def add(value: float | Tensor, *, pos: Index = None, channels: Index = None) -> Edit:
     """The value plus ``value`` (a direction, a steering vector, noise); broadcasts to the region."""
-    return _affine_edit("add()", 1.0, value, pos, channels)
+    return _affine_edit("add()", 1.0, value, pos, channels, value)
 
 
 def set_to(value: float | Tensor, *, pos: Index = None, channels: Index = None) -> Edit:
     """``value`` in place of the region; broadcasts to (batch, len(pos), len(channels), …)."""
-    return _affine_edit("set_to()", 0.0, value, pos, channels)
+    return _affine_edit("set_to()", 0.0, value, pos, channels, value)
 
 
 def mean(
@@ -308,6 +318,8 @@ def derangement(size: int, seed: int = 0) -> Tensor:
 class Freeze(Edit):
     """decay 1, write 0 at the chosen positions; see :func:`freeze`."""
 
+    __repr__ = Edit.__repr__
+
 
 def freeze(*, pos: Index = None, channels: Index = None) -> Edit:
     """Chosen tokens neither written nor forgotten in a recurrence: decay 1 and write 0, so h_t = h_{t−1}.
@@ -327,6 +339,9 @@ class DoState:
 
     layer: int | Sequence[int]
     edit: Edit
+
+    def __repr__(self) -> str:
+        return f"do_state(layer={told(self.layer)}, {self.edit!r})"
 
     def as_patterns(self) -> dict[str, Edit]:
         """The same as ``{pattern: edit}``."""

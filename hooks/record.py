@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hooks.brief import LINES
 from hooks.errors import BadArgument, DidNotFire
 from hooks.inputs import readable
 from hooks.memory import check_memory
@@ -54,7 +55,9 @@ class Record(Mapping[str, Tensor]):
         return resolve(_Names(self._values, self._aliases), pattern, "recorded site")
 
     def __repr__(self) -> str:
-        return "\n".join(f"{name}  {tuple(value.shape)}" for name, value in self.items())
+        rows = [f"{name}  {tuple(value.shape)}" for name, value in self.items()]
+        more = len(rows) - (LINES - 1)
+        return "\n".join(rows if more <= 1 else [*rows[: LINES - 1], f"… {more} more sites"])
 
 
 class _Names:

@@ -26,6 +26,7 @@ import torch
 from jaxtyping import Float, Inexact, Int
 from torch import Tensor
 
+from hooks.brief import brief
 from hooks.edit import Index
 from hooks.errors import BadArgument, TooLarge
 from hooks.inputs import readable
@@ -70,6 +71,8 @@ class Attention:
     """The largest |values · source + shares − output|."""
     relative_error: float
     """``error`` ÷ the largest |output|."""
+
+    __repr__ = brief
 
     @property
     def shares(self) -> Float[Tensor, "batch channel query pos"]:

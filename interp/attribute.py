@@ -26,6 +26,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 import hooks
+from hooks.brief import brief
 from hooks.edit import Index, region_of
 from hooks.errors import BadArgument
 from hooks.inputs import gradients_can_be, readable
@@ -130,6 +131,8 @@ class Integrated:
     total: Float[Tensor, " batch"]
     gap: Float[Tensor, " batch"]
     baseline: Tensor
+
+    __repr__ = brief
 
 
 def integrated_gradients(

@@ -20,6 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 import hooks
+from hooks.brief import brief
 from hooks.edit import Edit, Index
 from hooks.errors import BadArgument
 from hooks.inputs import gradients_can_be, readable
@@ -39,6 +40,8 @@ class Finite:
     effect: Float[Tensor, "batch token"]
     gap: Float[Tensor, "batch token"]
     """``effect`` − the first-order contribution of that write: what the linearisation misses."""
+
+    __repr__ = brief
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,8 @@ class Contributions:
     """The largest |sum of all parts − total|."""
     relative_error: float
     """The largest of that ÷ the sum of the absolute values of all parts, token by token and channel by channel."""
+
+    __repr__ = brief
 
     @property
     def tokens(self) -> Float[Tensor, "batch pos"]:

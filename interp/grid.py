@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
+from hooks.brief import brief
 from hooks.errors import BadArgument
 from interp import cards, evaluate, seeds, stats
 from interp.curves import rivals
@@ -31,6 +32,8 @@ class Member:
     task: Task
     error: Float[np.ndarray, "prompt k"]
     rivals: Errors
+
+    __repr__ = brief
 
     @property
     def ks(self) -> tuple[int, ...]:

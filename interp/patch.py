@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import hooks
+from hooks.brief import brief
 from hooks.errors import BadArgument, NonFinite
 from hooks.inputs import readable
 from hooks.sites import Pattern, kind_of
@@ -66,6 +67,8 @@ class Patched:
     values: Float[Tensor, "cells n"]
     clean: Float[Tensor, " n"]
     corrupted: Float[Tensor, " n"]
+
+    __repr__ = brief
 
     def table(self, n_boot: int = 1000, level: float = 0.95, seed: int = 0) -> pd.DataFrame:
         """One row for each cell: site, kind, layer, pos; effect and recovery with their intervals over prompts; n.

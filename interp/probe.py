@@ -20,6 +20,7 @@ from jaxtyping import Int
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hooks.brief import brief
 from hooks.errors import BadArgument, NonFinite
 from interp.arguments import whole_number
 from interp.stats import Interval, bootstrap, ratio
@@ -39,6 +40,8 @@ class Split:
 
     train: Int[np.ndarray, "n_train"]
     test: Int[np.ndarray, "n_test"]
+
+    __repr__ = brief
 
 
 def split(n: int, test_share: float = 0.25, seed: int = 0) -> Split:
@@ -75,6 +78,8 @@ class Probe:
     chance: float
     direction: NDArray[np.float64]
     penalty: NDArray[np.float64]
+
+    __repr__ = brief
 
 
 def ridge(

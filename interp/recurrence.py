@@ -30,6 +30,7 @@ from jaxtyping import Float, Inexact, Int
 from torch import Tensor
 
 import hooks
+from hooks.brief import brief
 from hooks.edit import Edit, Index
 from hooks.errors import BadArgument
 from hooks.point import state_edits, watched
@@ -73,6 +74,8 @@ class Recurrence:
     read: Callable[..., Tensor]
     output: Any
     """What the run returned."""
+
+    __repr__ = brief
 
     @property
     def factored(self) -> bool:

@@ -31,6 +31,7 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hooks.brief import brief
 from hooks.errors import BadArgument, NonFinite
 from interp import seeds
 from interp.arguments import one_of, whole_number
@@ -62,6 +63,8 @@ class Similarity:
     edge: float
     n: int
     n_perm: int
+
+    __repr__ = brief
 
 
 def cka(x: Rows, y: Float[Tensor, "same_n other"], debiased: bool = True) -> float:

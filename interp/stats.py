@@ -16,6 +16,7 @@ from jaxtyping import Float, Num
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hooks.brief import brief
 from hooks.errors import BadArgument, NonFinite
 from interp.arguments import one_of, whole_number
 
@@ -44,6 +45,8 @@ class Interval:
     high: NDArray[np.float64]
     n: int
     level: float = 0.95
+
+    __repr__ = brief
 
     def each(self) -> list[Interval]:
         """One interval for each entry of the first axis."""

@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooks.brief import brief
 from hooks.errors import BadArgument
 
 LEVELS = ("layer", "channel", "kind", "position", "content")
@@ -40,6 +41,8 @@ class Shares:
     moving_high: Float[np.ndarray, "3"]
     variance: float
     n: int
+
+    __repr__ = brief
 
 
 def content_variance(values: Float[Tensor, "layer batch pos channel"]) -> Float[Tensor, "layer channel"]:

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from hooks.errors import BadArgument, RunFailed
+from models.card import Card
 
 FORMAT = "mambascope-1"
 
@@ -98,7 +99,7 @@ def load_file(path: str | os.PathLike[str]) -> Any:
     for name, value in own.items():
         # Through .data, as Module.to does: tied parameters stay tied and the file's dtype wins.
         value.data = tensors[name]
-    model.card = header.card
+    model.card = Card(header.card)
     return model.eval()
 
 

@@ -29,6 +29,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from hooks.errors import BadArgument
+from models.card import Card
 from models.checkpoint import CheckpointError, tensors_of
 from models.mamba import Mamba, MambaConfig
 
@@ -83,13 +84,15 @@ def from_hugging_face(module: nn.Module) -> Mamba:
         raise CheckpointError(f"this {name} is not converted: its weights are on {where}; put them on one device")
     model = from_state_dict(module.state_dict(), norm_eps=config.layer_norm_epsilon)
     difference = _compare(model, module)
-    model.card = {
-        "source": f"transformers {name}",
-        "name": Path(getattr(config, "name_or_path", "") or "").name,
-        "parity": difference,
-        "parameters": sum(value.numel() for value in tensors_of(model).values()),
-        "versions": {"transformers": __version__, "torch": str(torch.__version__)},
-    }
+    model.card = Card(
+        {
+            "source": f"transformers {name}",
+            "name": Path(getattr(config, "name_or_path", "") or "").name,
+            "parity": difference,
+            "parameters": sum(value.numel() for value in tensors_of(model).values()),
+            "versions": {"transformers": __version__, "torch": str(torch.__version__)},
+        }
+    )
     return model
 
 

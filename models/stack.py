@@ -20,6 +20,7 @@ from hooks.errors import BadArgument, told
 from hooks.finite import check_input, check_weights, checked
 from hooks.point import HookedModule, emit, site
 from hooks.recompute import begin
+from models.card import Card
 from models.heads import ReadOut, read_in
 
 
@@ -123,7 +124,7 @@ class Root(HookedModule):
     def __init__(self, cfg: Any) -> None:
         super().__init__()
         self.cfg = cfg
-        self.card: dict[str, Any] = {}
+        self.card: dict[str, Any] = Card()
         self.embed: Any = read_in(cfg)
         self.hook_embed = site("hook_embed")
 

@@ -27,6 +27,7 @@ from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
+from hooks.brief import brief
 from hooks.errors import BadArgument
 from interp.arguments import one_of, whole_number
 from interp.estimators.base import in_parts, room_for
@@ -52,6 +53,8 @@ class Spectrum:
 
     values: Eigen
     products: Eigen
+
+    __repr__ = brief
 
     @staticmethod
     def of(x: X, y: Y) -> Spectrum:

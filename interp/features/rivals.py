@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hooks.brief import brief
 from interp import estimators, seeds
 from interp.tasks.base import Batch
 
@@ -61,6 +62,8 @@ class Tuned:
 
     error: Float[Tensor, "batch n_pairs"]
     settings: tuple[str, ...]
+
+    __repr__ = brief
 
 
 def kernel_ridge(task: Any, tune: Batch, judge: Batch, family: str) -> Tuned:

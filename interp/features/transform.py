@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import hooks
+from hooks.brief import brief
 from hooks.inputs import fed
 from interp import seeds
 from interp.stats import Interval, bootstrap
@@ -55,6 +56,8 @@ class Labels:
     z: Float[Tensor, "label"]
     y: Float[Tensor, "label"]
     weight: Float[Tensor, "label"]
+
+    __repr__ = brief
 
     @property
     def projection(self) -> Float[Tensor, "label degree"]:
@@ -83,6 +86,8 @@ class Unpaired:
     tokens: Float[Tensor, "batch 2 label length d_token"]
     labels: Labels
     inside: Float[Tensor, "batch 2 label r"]
+
+    __repr__ = brief
 
 
 def unpaired(task: Any, n: int, generator: torch.Generator) -> Unpaired:
@@ -118,6 +123,8 @@ class Writes:
     step: Float[Tensor, "batch sign label d_inner"]
     key: Float[Tensor, "batch sign label d_state"]
     value: Float[Tensor, "batch sign label d_inner"]
+
+    __repr__ = brief
 
     def write(self, held: bool = False) -> Values:
         """Δ B x in one row; ``held``: with each channel's Δ at its mean over these tokens."""
@@ -162,6 +169,8 @@ class Transform:
     coefficient: Interval
     at: Float[np.ndarray, "bin"]
     curve: Float[np.ndarray, "3 bin"]
+
+    __repr__ = brief
 
 
 def transform(

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import hooks
+from hooks.brief import brief
 from hooks.errors import BadArgument
 from interp.arguments import whole_number
 from interp.stats import Interval, bootstrap
@@ -151,6 +152,8 @@ class Affine:
     shift: Float[Tensor, "block batch"]
     corrected: Decoded
 
+    __repr__ = brief
+
 
 def affine(decoded: Decoded, labels: Float[Tensor, "batch query"], m: int) -> Affine:
     """The fit on the first ``m`` queries of each prompt, applied to the rest; in fp64.
@@ -215,6 +218,8 @@ class Profile:
     total: Interval
     words: str
     log_words: str
+
+    __repr__ = brief
 
 
 FEWEST_BLOCKS = 4

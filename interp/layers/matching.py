@@ -16,6 +16,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hooks.brief import brief
 from hooks.errors import BadArgument
 from interp import estimators
 from interp.arguments import whole_number
@@ -43,6 +44,8 @@ class Candidates:
     setting: tuple[str, ...]
     step: tuple[int, ...]
     prediction: Float[Tensor, "candidate batch n_pairs *symbol"]
+
+    __repr__ = brief
 
     @property
     def families(self) -> list[str]:

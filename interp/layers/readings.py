@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 import hooks
+from hooks.brief import brief
 from hooks.inputs import fed
 from interp import estimators, probe, seeds
 from interp.estimators.iterative import sums_before
@@ -104,6 +105,8 @@ class Lens:
     refit: bool
     profile: lens.Profile
     rivals: dict[str, Float[Tensor, " batch"]]
+
+    __repr__ = brief
 
 
 def through_lens(subject: Subject, n: int, m: int, queries: int) -> Lens:
@@ -275,6 +278,8 @@ class Map:
     raw: Float[Tensor, "block batch n_pairs"]
     calibrated: Float[Tensor, "block batch n_pairs *symbol"]
     trained: int
+
+    __repr__ = brief
 
     def within(self) -> Batch:
         """The prompts cut to the trained number of examples, as an estimator sees them."""

@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot
 
+from hooks.brief import brief
 from interp import estimators
 from interp.estimators.chains import forgetting
 from interp.layers import lens
@@ -44,6 +45,8 @@ class Calibration:
 
     scale: Float[Tensor, " block"]
     shift: Float[Tensor, "block vocabulary"]
+
+    __repr__ = brief
 
     def __call__(self, given: Logits) -> Logits:
         """log p in fp64."""

@@ -30,6 +30,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 import hooks
+from hooks.brief import brief
 from hooks.errors import BadArgument
 from hooks.inputs import fed
 from interp import seeds
@@ -56,6 +57,8 @@ class Intervention:
     edits: Edits
     whole: Batch
     control: bool = False
+
+    __repr__ = brief
 
 
 def put(mask: Bool[Tensor, "batch pos"], value: Tensor) -> Callable[[Tensor], Tensor]:

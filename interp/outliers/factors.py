@@ -36,6 +36,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hooks.brief import brief
 from hooks.errors import BadArgument
 from interp.attribute import gradients
 from interp.metric import Metric
@@ -70,6 +71,8 @@ class Factors:
     error: float
     """The largest |write · B · x − what the run wrote|, relative to the largest of the latter."""
 
+    __repr__ = brief
+
     def reach(self) -> Float[Tensor, "batch pos d_inner n"]:
         """λ_s = Σ_{t ≥ s} g_t gate_t C_t ∏_{s<r≤t} decay_r: what a unit in the state after s is worth."""
         seeds = (self.gradient * self.gate)[..., None] * self.query
@@ -93,6 +96,8 @@ class Split:
     """Of the change of g."""
     outlier: Float[Tensor, "prompt"]
     twin: Float[Tensor, "prompt"]
+
+    __repr__ = brief
 
     @property
     def gap(self) -> float:

@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from hooks.brief import brief
 from interp.metric import Metric
 from interp.outliers.factors import CHUNK, Factors, factors
 from interp.stats import Interval, bootstrap
@@ -39,6 +40,8 @@ class Clock:
     """o, for each outlier that stands between."""
     suppressed: Interval | None
     """δ, of an outlier against a clean example at the same place."""
+
+    __repr__ = brief
 
 
 def selection_gate(

@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from hooks.brief import brief
 from hooks.errors import BadArgument
 from interp import seeds
 from interp.arguments import whole_number
@@ -53,6 +54,8 @@ class Forgetting:
     log_decay: Float[Tensor, "layer batch pos d_inner"]
     lost: Float[Tensor, "layer batch pos d_inner"]
     error: float
+
+    __repr__ = brief
 
 
 def forgetting(model: Any, tokens: Tensor, position: int) -> Forgetting:
@@ -123,6 +126,8 @@ class Resets:
     low: Float[Tensor, "layer kind"]
     high: Float[Tensor, "layer kind"]
     p: Float[Tensor, "layer kind"]
+
+    __repr__ = brief
 
 
 def reset_events(slow: Float[Tensor, "layer batch pos d_inner"], threshold: float) -> Bool[Tensor, "layer batch pos c"]:

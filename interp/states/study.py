@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import hooks
+from hooks.brief import brief
 from hooks.errors import BadArgument
 from hooks.inputs import fed
 from interp import evaluate, probe, seeds, variance
@@ -139,6 +140,8 @@ class Reading:
     folds: NDArray[np.float64]
     lucky: float
 
+    __repr__ = brief
+
     @property
     def best(self) -> int:
         """The layer from which most is read after the last example, judged by the prompts that fit the probes."""
@@ -183,6 +186,8 @@ class Study:
     all_layers: TRIPLE
     exact: Interval | None
     nothing: float | None
+
+    __repr__ = brief
 
 
 def study(name: str, model: Any, untrained: Any, asked: Plan) -> Study:
