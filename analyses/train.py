@@ -53,7 +53,7 @@ class Config:
     learning_rates: tuple[float, ...] = ()
     "Peak learning rates: one, or at least three of which a search picks the best; the architecture's own if none."
     search_steps: int | None = None
-    "Steps for which each of several learning rates is tried."
+    "Steps for which each of several learning rates is tried; all together no more than the training's."
     warmup: float | None = None
     "Fraction of the steps with a rising learning rate; half a cosine follows."
     floor: float | None = None
@@ -89,6 +89,8 @@ class Config:
     json: bool = False
     "Print the card of the finished model as JSON."
 
+    __post_init__ = cli.listed
+
 
 def run(config: Config) -> Trained:
     """Train, or go on, and return the finished run. Raises BadArgument or RunFailed."""
@@ -107,7 +109,7 @@ def run(config: Config) -> Trained:
     out = config.out or Path("out") / "train" / _folder(config, recipe)
     if config.attached:
         threading.Thread(target=_stop_with_stdin, daemon=True).start()
-    return train(build, task, recipe, out, checkpoint.save, device=config.device)
+    return train(build, task, recipe, out, checkpoint.save, device=config.device, say=cli.say)
 
 
 def parts(recipe: TrainConfig) -> tuple[Task, Callable[[], Root]]:

@@ -19,6 +19,7 @@ import what is needed; annotations stay strings (``from __future__ import annota
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import os
 import re
@@ -53,6 +54,18 @@ class Report(Protocol):
 
 class _Usage(Exception):
     """A command line that the dataclass cannot be made from."""
+
+
+def listed(config: Any) -> None:
+    """The ``__post_init__`` of a ``Config``: what is given alone to a field of several is one of them.
+
+    ``Config(models="mamba-linreg")`` in a notebook would otherwise walk through the letters.
+    """
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if str(field.type).startswith("tuple[") and not isinstance(value, tuple):
+            alone = () if value is None else (value,)
+            object.__setattr__(config, field.name, tuple(value) if isinstance(value, list) else alone)
 
 
 def main(module: ModuleType, argv: Sequence[str] | None = None) -> int:
@@ -100,6 +113,11 @@ def parse(config: type[ConfigT], argv: Sequence[str] | None, *, prog: str, descr
         if stop.code in (None, 0):
             raise
         raise _Usage(_one_line(said.getvalue(), prog)) from None
+
+
+def say(text: str) -> None:
+    """A line on stderr, where progress is told."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def explain(error: BaseException) -> tuple[int, str]:

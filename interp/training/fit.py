@@ -24,6 +24,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from hooks.brief import brief
 from hooks.errors import NonFinite, RunFailed
 from interp import evaluate, seeds
 from interp.tasks.base import Batch, Task, guess
@@ -281,6 +282,8 @@ class Measured:
     error: Float[Tensor, "prompt k"]
     rivals: dict[str, Float[Tensor, "prompt k"]]
     alike: bool
+
+    __repr__ = brief
 
     def at(self, values: Float[Tensor, "prompt k"], k: int) -> Float[Tensor, " prompt"]:
         """The column of ``values`` for k examples seen."""

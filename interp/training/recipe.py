@@ -54,7 +54,7 @@ class TrainConfig:
     learning_rates: tuple[float, ...] = ()
     "Peak learning rates: one, or at least three of which a search picks one; the architecture's own if none is given."
     search_steps: int = 1_000
-    "Steps for which each candidate learning rate is tried."
+    "Steps for which each candidate learning rate is tried; fewer where all of them would be more than ``steps``."
     warmup: float = 0.05
     "Fraction of the steps over which the learning rate rises linearly from 0 to its peak."
     floor: float = 0.01
@@ -82,6 +82,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         rates = self.learning_rates or RATES.get(self.model, OTHER_RATES)
+        rates = (rates,) if isinstance(rates, int | float) else rates
         object.__setattr__(self, "learning_rates", tuple(float(r) for r in rates))
         object.__setattr__(self, "betas", tuple(float(b) for b in self.betas))
         for name in ("steps", "batch_size", "search_steps", "save_every", "eval_every"):
@@ -108,6 +109,19 @@ class TrainConfig:
                 unknown("precision", str(self.precision), PRECISIONS)
                 + ("; fp16 skips steps whose loss scale overflows" * (self.precision == "fp16"))
             )
+
+    @property
+    def search_each(self) -> int:
+        """Steps for which each of several rates is tried: ``search_steps``, or so few that all together are no more
+        than ``steps``. 0 where there is no search: a single rate, or fewer steps than rates.
+        """
+        count = len(self.learning_rates)
+        return min(self.search_steps, self.steps // count) if count > 1 else 0
+
+    @property
+    def middle_rate(self) -> float:
+        """The rate that is taken where there is no search."""
+        return sorted(self.learning_rates)[len(self.learning_rates) // 2]
 
     def as_dict(self) -> dict[str, Any]:
         """The recipe as plain JSON values, as written to recipe.json and to the card."""

@@ -29,6 +29,7 @@ from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from hooks.brief import brief
 from hooks.errors import BadArgument, NonFinite, RunFailed
 from interp import evaluate, tasks
 from interp.arguments import usable_device
@@ -38,7 +39,7 @@ from interp.printed import folded, lines_of
 from interp.provenance import versions
 from interp.stats import paired_difference
 from interp.tasks.base import Task, model_shape
-from interp.training import recipe, resume
+from interp.training import ahead, recipe, resume
 from interp.training.fit import Fitted, Run, fit, measuring, orderly_stop, validation
 from interp.training.recipe import TrainConfig
 
@@ -56,6 +57,8 @@ class Trained:
     folder: Path
     card: dict[str, Any]
     already: bool = False
+
+    __repr__ = brief
 
     def summary(self) -> str:
         """A few lines for a terminal: the errors against the classical ones, the cost, the folder."""
@@ -75,14 +78,17 @@ class Trained:
             f"{self.card['parameters']} parameters, {self.card['steps']} steps, "
             f"{self.card['seconds']:.0f} s, learning rate {self.card['learning_rate']:g}"
         )
+        config = recipe.from_dict(self.card["recipe"], "the card")
         blind = [f"{cell['lr']:g}" for cell in self.card["learning_rates"] if cell.get("behind", (1.0,))[0] <= 0]
         if blind:
             lines += folded(
                 f"note: the search could not tell {' and '.join(blind)} from {self.card['learning_rate']:g}: after "
-                f"{self.card['recipe']['search_steps']} steps their losses differ by no more than chance between "
-                "validation prompts; a longer --search-steps may tell",
+                f"{config.search_each} steps their losses differ by no more than chance between validation prompts; "
+                f"a longer {'--search-steps' if config.search_each == config.search_steps else '--steps'} may tell",
                 indent="      ",
             )
+        if len(config.learning_rates) > 1 and config.search_each < config.search_steps:
+            lines += folded(f"note: {ahead.steps(config)}", indent="      ")
         lines.append(f"{'was finished already' if self.already else 'written'}: {self.folder}")
         return "\n".join(lines)
 
@@ -99,12 +105,13 @@ def train(
     save: Save,
     *,
     device: str = "cpu",
+    say: Callable[[str], None] | None = None,
 ) -> Trained:
     """Train ``build_model()`` on ``task`` by ``config`` in the folder ``out``, or go on with it.
 
     ``save(model, path, card)`` writes the finished checkpoint, whole or not at all. The number of
     threads is torch's and is recorded. If ``out`` holds the finished result of this very recipe, it
-    is returned at once.
+    is returned at once. ``say`` is called once, before the first step, with what the whole will take.
 
     Raises :class:`BadArgument` when ``out`` cannot be written, or holds another recipe, a damaged
     resume file or a training that is running; :class:`RunFailed` when the loss is no longer finite,
@@ -134,11 +141,21 @@ def train(
         accelerator.wait_for_everyone()
         stop = stack.enter_context(orderly_stop())
         run = Run(build_model, task, config, folder, accelerator, stop, mix)
+        if say is not None and accelerator.is_main_process:
+            say(ahead.told(run))
         tried = _search(run)
         scored = [cell for cell in tried if cell["validation_error"] is not None]
         peak = min(scored, key=lambda cell: cell["validation_error"])["lr"]
         metrics = folder / "metrics.jsonl"
-        fitted = fit(run, peak, config.steps, "state", label="training", metrics=metrics, patience=config.patience)
+        fitted = fit(
+            run,
+            peak,
+            config.steps,
+            "state",
+            label=f"training, rate {peak:g}",
+            metrics=metrics,
+            patience=config.patience,
+        )
         if accelerator.is_main_process:
             card = _make_card(run, fitted, peak, tried)
             with no_half(folder):
@@ -237,12 +254,12 @@ def _search(run: Run) -> list[dict[str, Any]]:
     (``losses``): null where the loss blew up.
 
     The candidates see the same prompts from the same initial weights, each with its own full cosine
-    over ``search_steps``: comparing prefixes of long schedules instead would favour small rates.
+    over ``search_each`` steps: comparing prefixes of long schedules instead would favour small rates.
     A finished candidate is kept in ``resume/search.json`` and is not trained again.
     """
-    rates = run.config.learning_rates
-    if len(rates) == 1:  # nothing to choose; the card gets the error of the run itself
-        return [{"lr": rates[0], "validation_error": math.inf, "losses": None}]
+    rates, each = run.config.learning_rates, run.config.search_each
+    if each == 0:  # nothing is chosen; the card gets the error of the run itself
+        return [{"lr": run.config.middle_rate, "validation_error": math.inf, "losses": None}]
     path = run.folder / "resume" / "search.json"
     try:
         done = json.loads(path.read_text()) if path.exists() else []
@@ -254,9 +271,9 @@ def _search(run: Run) -> list[dict[str, Any]]:
         raise BadArgument(f"{path} is damaged ({error}); delete it to search again") from error
     for index in range(len(done), len(rates)):
         name = f"search-{index}"
-        label = f"learning rate {index + 1} of {len(rates)}"
+        label = f"search {index + 1} of {len(rates)}, rate {rates[index]:g}"
         try:
-            model = fit(run, rates[index], run.config.search_steps, name, label=label).model
+            model = fit(run, rates[index], each, name, label=label).model
             losses = validation(run)(model).loss.mean(1)
         except NonFinite:
             losses = torch.full((1,), math.nan, device="cpu")
@@ -270,7 +287,7 @@ def _search(run: Run) -> list[dict[str, Any]]:
             (run.folder / "resume" / f"{name}.safetensors").unlink(missing_ok=True)
     if all(cell["validation_error"] is None for cell in done):
         raise RunFailed(
-            f"the loss is not finite within {run.config.search_steps} steps at any of the learning "
+            f"the loss is not finite within {each} steps at any of the learning "
             f"rates {list(rates)}; try much lower --learning-rates in another --out"
         )
     return done

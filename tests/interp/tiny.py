@@ -62,7 +62,7 @@ CONFIG = TrainConfig(
     save_every=4,
     eval_every=3,
 )
-SEARCH = dataclasses.replace(CONFIG, learning_rates=(1e-3, 1e-2, 1e-1))
+SEARCH = dataclasses.replace(CONFIG, steps=18, learning_rates=(1e-3, 1e-2, 1e-1))
 
 
 def go(out: Path, config: TrainConfig = CONFIG, **options: Any) -> Trained:
