@@ -60,4 +60,5 @@ def test_cycles_are_looked_for_seldom_but_are_still_freed() -> None:
         counts[asked] = [int(word) for word in run.stdout.split()]
     assert 0 < counts[True][0] < counts[False][0] / 20
     assert counts[True][1] < 200_000, "the garbage does not pile up"
-    assert counts[False][2] == 0 and counts[True][2] > 300_000, "nothing is looked at once more at the end"
+    started = counts[False][2]  # some hundred objects that Python 3.12 freezes by itself as it starts
+    assert started < 1000 and counts[True][2] - started > 300_000, "nothing is looked at once more at the end"

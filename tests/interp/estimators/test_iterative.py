@@ -158,7 +158,7 @@ def test_newton_doubles_its_digits_at_each_step_and_descent_does_not() -> None:
     spectrum = iterative.Spectrum.of(x, y)
     weak = spectrum.products * torch.tensor([1.0, 0.0], dtype=torch.float64)
     one = iterative.Spectrum(spectrum.values, weak)
-    goal = one.predict(torch.zeros(1, 2, 12, 2, dtype=torch.float64))[0]
+    goal = one.predict([torch.zeros(2, 12, 2, dtype=torch.float64)])[0]
     newton = (1 - iterative.newton_path(x, y, 12, spectrum=one) / goal)[:, :, 6:]
     for before, after in pairwise(newton):
         torch.testing.assert_close(after, before.square(), rtol=1e-6, atol=1e-12)
