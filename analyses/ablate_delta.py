@@ -77,6 +77,8 @@ class Config:
     json: bool = False
     "Print result.json instead of the table."
 
+    __post_init__ = cli.listed
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -326,7 +328,7 @@ def _checks(
     from interp.ablation.effects import MEANS
     from interp.metric import rounding
     from interp.result import Check
-    from interp.tasks.base import guess
+    from interp.tasks.base import least_by_constant
 
     runs, task, model = subject.runs, subject.task, subject.model
     checks = []
@@ -353,15 +355,13 @@ def _checks(
     )
     other = task.corrupt(runs.batch, seeds.generator("corrupt", seed))
     wrong = evaluate.errors(model, task, batch=replace(runs.batch, targets=other.targets))
-    nothing = float(task.error(guess(task, other), other).mean())
-    checks.append(
-        Check.at_least("another task's labels: error relative to predicting zero", float(wrong.mean()) / nothing, 0.9)
-    )
-    nothing = float(task.error(guess(task, runs.batch), runs.batch).mean())
+    relative = float(wrong.mean()) / least_by_constant(task, other)
+    checks.append(Check.at_least("another task's labels: error relative to the best constant", relative, 0.9))
+    nothing = least_by_constant(task, runs.batch)
     for rival in rivals:
         if rival.name == "untrained":
             relative = float(rival.runs.clean.mean()) / nothing
-            checks.append(Check.at_least("untrained model: error relative to predicting zero", relative, 0.9))
+            checks.append(Check.at_least("untrained model: error relative to the best constant", relative, 0.9))
         elif rival.name.startswith(RIVALS):
             most = max(
                 float((error - rival.runs.clean).abs().max())

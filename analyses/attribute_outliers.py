@@ -85,6 +85,8 @@ class Config:
     json: bool = False
     "Print result.json instead of the table."
 
+    __post_init__ = cli.listed
+
 
 @dataclass(frozen=True)
 class Subjects:

@@ -80,6 +80,8 @@ class Config:
     json: bool = False
     "Print result.json instead of the table."
 
+    __post_init__ = cli.listed
+
 
 def run(config: Config) -> Result:
     """Every measurement and control of the module's docstring, for every model and pair of models.

@@ -84,6 +84,8 @@ class Config:
     json: bool = False
     "Print result.json instead of the table."
 
+    __post_init__ = cli.listed
+
 
 def run(config: Config) -> Result:
     """Every part and check of the module's docstring.

@@ -62,6 +62,8 @@ class Config:
     json: bool = False
     "Print result.json instead of the table."
 
+    __post_init__ = cli.listed
+
 
 def run(config: Config) -> Result:
     """Train what is missing, and return the table of all cells.
@@ -237,9 +239,12 @@ def middle(table: pd.DataFrame) -> pd.DataFrame:
     """The rows at the middle one of the numbers of examples that each task reports, with a label for each task."""
     import pandas as pd
 
+    from interp.result import numbers
+
     parts = []
-    for (task, size), rows in table[table["k"].ne("") & table["k"].ne("mean")].groupby(["task", "size"], sort=False):
-        ks = sorted(set(rows["k"]), key=int)
+    table = table.assign(k=numbers(table["k"]))  # it is text in a folder of an earlier version
+    for (task, size), rows in table[table["k"].notna()].groupby(["task", "size"], sort=False):
+        ks = sorted({int(k) for k in rows["k"]})
         k = ks[len(ks) // 2]
         name = " ".join(filter(None, (task, size)))
         parts.append(rows[rows["k"] == k].assign(label=f"{name}, k = {k}"))

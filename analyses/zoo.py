@@ -49,6 +49,8 @@ class Config:
     json: bool = False
     "Print result.json instead of the table."
 
+    __post_init__ = cli.listed
+
 
 def run(config: Config) -> Result:
     """The table, the grid, and for each file the checks against its card.

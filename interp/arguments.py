@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -13,6 +13,7 @@ import torch
 from hooks.errors import BadArgument, unknown
 
 Made = TypeVar("Made")
+T = TypeVar("T")
 
 
 def known_options(kind: str, function: Callable[..., Any], config: Mapping[str, Any]) -> None:
@@ -75,6 +76,11 @@ def one_of(name: str, value: object, options: Collection[str]) -> str:
     if not isinstance(value, str) or value not in options:
         raise BadArgument(unknown(f"value of {name}", str(value), options))
     return value
+
+
+def several(given: str | Iterable[T]) -> tuple[T, ...]:
+    """``given`` as a tuple; a text is one name and not its letters."""
+    return (given,) if isinstance(given, str) else tuple(given)  # type: ignore[arg-type, return-value]
 
 
 def named_values(flag: str, given: Collection[str]) -> dict[str, Any]:

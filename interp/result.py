@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from hooks.brief import brief
 from hooks.errors import BadArgument
 from interp.files import strict_json, write_whole
 from interp.folders import clear_dead, whole_folder
@@ -67,6 +68,8 @@ class Result:
     provenance: dict[str, Any] = field(default_factory=dict)
     folder: Path | None = None
     """Where it was saved or loaded from; None before."""
+
+    __repr__ = brief
 
     def __post_init__(self) -> None:
         # JSON's own view of them, so that a saved and a loaded result are equal.
@@ -156,7 +159,8 @@ class Result:
             text = io.StringIO((folder / "table.csv").read_text(encoding="utf-8"))
             table = pd.read_csv(text, dtype=str, keep_default_na=False, na_filter=False)
             table = _typed(table, head["columns"], int(head["rows"]))
-            with np.load(folder / "arrays.npz", allow_pickle=False) as stored:
+            # Opened here: older numpy leaves a file that is no archive open.
+            with (folder / "arrays.npz").open("rb") as file, np.load(file, allow_pickle=False) as stored:
                 arrays = {name: stored[name] for name in stored.files}
             if sorted(arrays) != sorted(head["arrays"]):
                 raise ValueError("arrays.npz holds other arrays than result.json says")
@@ -196,6 +200,16 @@ class Result:
         if self.folder is not None:
             lines.append(f"written: {self.folder}")
         return "\n".join(lines)
+
+
+def numbers(words: pd.Series, before: str = "") -> pd.Series:
+    """The numbers that a column of words holds, as floats: of "10" or, with ``before="k="``, of "k=10"; NaN where a row
+    has none. ``table[table.k == 10]`` would be empty without a word if k were text. A column of numbers stays.
+    """
+    if pd.api.types.is_numeric_dtype(words):
+        return words.astype(float)
+    found = words.astype(str).str.extract(rf"^{re.escape(before)}(\d+)$", expand=False)
+    return found.astype(float)
 
 
 _NUMBERS = re.compile(r"bool|u?int\d+|float\d+")

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from hooks.errors import BadArgument
 from interp import seeds
-from interp.arguments import between, chosen, whole_number
+from interp.arguments import between, chosen, several, whole_number
 from interp.tasks import inputs
 from interp.tasks.base import Batch, Model, Task, at_the_query
 from interp.tasks.regression import Regression, true_or_false
@@ -84,13 +84,15 @@ def build(name: str, **config: Any) -> Shift:
     return dataclasses.replace(made, name=name, config=options.arguments)
 
 
-def apply(task: Task, asked: Sequence[Asked]) -> Task:
-    """``task`` under these shifts, each a name or (name, options); the task itself if there are none.
+def apply(task: Task, asked: Asked | Sequence[Asked]) -> Task:
+    """``task`` under this shift or these, each a name or (name, options); the task itself if there are none.
 
     ``apply(tasks.build(…), shifted.config["shifts"])`` with the rest of its config is an equal task.
     Raises ``BadArgument`` with the reason where a shift or the combination makes no sense.
     """
-    given = [build(one) if isinstance(one, str) else build(one[0], **dict(one[1])) for one in asked]
+    alone = isinstance(asked, tuple | list) and len(asked) == 2 and isinstance(asked[1], Mapping)
+    each: Sequence[Any] = [asked] if alone else several(asked)
+    given = [build(one) if isinstance(one, str) else build(one[0], **dict(one[1])) for one in each]
     if not given:
         return task
     if isinstance(task, Shifted):

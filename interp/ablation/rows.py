@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from interp.result import numbers
 from interp.stats import bootstrap
 
 
@@ -47,6 +48,7 @@ class Rows:
         """``error`` and ``change`` (error − clean, paired by prompt) with 95 % intervals, at each k and as ``mean``
         over k.
 
+        ``k`` and ``layer`` are numbers: k is NaN in the rows of the mean, layer where all layers were changed at once.
         Errors are squared and divided by the task's scale; ``n`` is the number of prompts.
         """
         columns = [str(k) for k in ks] + ["mean"]
@@ -71,7 +73,8 @@ class Rows:
                         "n": level.n,
                     }
                 )
-        return pd.DataFrame(rows)
+        made = pd.DataFrame(rows)
+        return made.assign(layer=numbers(made["layer"]), k=numbers(made["k"]))
 
     def arrays(self, n_boot: int = 1000) -> dict[str, np.ndarray]:
         """The whole curves of the conditions on all layers: ``curves`` (condition, 3, n_pairs) holds mean, low,

@@ -15,9 +15,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hooks.brief import brief
 from hooks.errors import BadArgument
 from interp import evaluate, seeds, shifts, stats
-from interp.arguments import name_and_options
+from interp.arguments import name_and_options, several
 from interp.curves.rivals import Rival
 from interp.tasks import Batch, Task, TokenTask, inputs
 from interp.tasks.regression import Regression
@@ -75,6 +76,8 @@ class Curve:
     ks: tuple[int, ...]
     error: Float[np.ndarray, "prompt k"]
 
+    __repr__ = brief
+
 
 def settings(task: Task, asked: Sequence[str], longer: int, prompts: int) -> tuple[list[Setting], list[str]]:
     """The task itself, ``longer`` times as long, and each shift; and a line for each that is left out.
@@ -91,7 +94,7 @@ def settings(task: Task, asked: Sequence[str], longer: int, prompts: int) -> tup
             found.append(setting(f"{longer} times as long", task, max(prompts // 2, 2), n_pairs))
         except BadArgument as reason:
             left.append(f"no longer prompts: {reason}")
-    chosen = () if tuple(asked) == ("none",) else tuple(asked)
+    chosen = () if several(asked) == ("none",) else several(asked)
     for text in chosen or (() if asked or isinstance(task, TokenTask) else USUAL):
         try:
             found.append(setting(text, shifts.apply(task, [_shift(one) for one in text.split("+")]), prompts))

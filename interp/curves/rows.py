@@ -11,6 +11,7 @@ import pandas as pd
 import torch
 from jaxtyping import Float
 
+from hooks.brief import brief
 from interp import evaluate
 from interp.curves.errors import Curve, Setting, interval, other_labels, reach, without_mean
 from interp.curves.published import Published
@@ -35,6 +36,8 @@ class Drawn:
     levels: Sequence[Float[np.ndarray, "three _"]]
     published: Sequence[Published]
 
+    __repr__ = brief
+
 
 @dataclass(frozen=True)
 class Line:
@@ -45,6 +48,8 @@ class Line:
     ks: Float[np.ndarray, " k"]
     levels: Float[np.ndarray, "three k"]
     n: int
+
+    __repr__ = brief
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,10 @@ def shown(who: str, kind: str) -> str:
 
 
 def table(found: Sequence[Drawn], levels: Sequence[float]) -> pd.DataFrame:
-    """Per setting: from which k on each error is reached, or "never"; then the error at the reported ks."""
+    """Per setting: from which k on each error is reached, or "never"; then the error at the reported ks.
+
+    ``k`` is NaN in the rows of the former, whose value it is.
+    """
     rows: list[dict[str, Any]] = []
     for each in found:
         for curve in each.curves:
@@ -88,23 +96,26 @@ def table(found: Sequence[Drawn], levels: Sequence[float]) -> pd.DataFrame:
                 if k in without_mean(each.setting, curve.who):
                     name = f"median {name} (the mean is infinite)"
                     value, low, high = interval(curve.error[:, [at]], median=True)[:, 0]
-                rows.append(_row(each, curve, name, (value, low, high), f"{value:.3g}"))
+                rows.append(_row(each, curve, name, (value, low, high), f"{value:.3g}", k))
         for source in each.published:
             for k in source.points:
                 low, high = source.range(k)
                 text = f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}"
                 head = {"setting": each.setting.name, "who": source.name, "kind": "published"}
                 ends = {"value": (low + high) / 2, "low": low, "high": high}
-                rows.append({**head, "quantity": f"error at k={k}", "reads": text, **ends, "n": 0})
+                rows.append({**head, "quantity": f"error at k={k}", "k": float(k), "reads": text, **ends, "n": 0})
     return pd.DataFrame(rows)
 
 
-def _row(each: Drawn, curve: Curve, quantity: str, ends: tuple[float, float, float], text: str) -> dict[str, Any]:
+def _row(
+    each: Drawn, curve: Curve, quantity: str, ends: tuple[float, float, float], text: str, k: float = np.nan
+) -> dict[str, Any]:
     value, low, high = (float(end) for end in ends)
     head = {"setting": each.setting.name, "who": shown(curve.who, curve.kind), "kind": curve.kind}
     return {
         **head,
         "quantity": quantity,
+        "k": float(k),
         "reads": text,
         "value": value,
         "low": low,

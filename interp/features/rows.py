@@ -17,9 +17,10 @@ from interp.features.rivals import grouped, windows
 from interp.features.study import BENT, HELD, LINEAR, WRITE, Found, Plan
 from interp.features.transform import TOP, exact
 from interp.probe import Probe
+from interp.result import numbers
 from interp.stats import Interval, paired_difference, ratio
 
-COLUMNS = ("model", "part", "who", "how", "what", "layer", "at", "value", "low", "high", "n")
+COLUMNS = ("model", "part", "who", "how", "what", "layer", "at", "k", "value", "low", "high", "n")
 Row = dict[str, Any]
 
 
@@ -80,7 +81,10 @@ SUBSPACE = "kernel ridge, told the subspace"
 
 
 def table(every: All, model: str) -> pd.DataFrame:
-    """One row for each number: part (error, difference, reading, transform), who, how, what, layer, at."""
+    """One row for each number: part (error, difference, reading, transform), who, how, what, layer, at.
+
+    ``layer`` and ``k`` are numbers; NaN where a row is of no one layer or of no one number of examples.
+    """
     found = levels(every)
     rows = [
         _row("error", who, how, "error ÷ that of 0", one, at=at, i=i)
@@ -108,7 +112,8 @@ def table(every: All, model: str) -> pd.DataFrame:
                     rows.append(
                         _row("transform", _who(one), one.subject.how, name, interval, layer, f"degree {degree}", degree)
                     )
-    return pd.DataFrame([{"model": model, **row} for row in rows], columns=list(COLUMNS))
+    made = pd.DataFrame([{"model": model, **row} for row in rows])
+    return made.assign(layer=numbers(made["layer"]), k=numbers(made["at"], "k="))[list(COLUMNS)]
 
 
 def arrays(every: All) -> dict[str, np.ndarray]:

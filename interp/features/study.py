@@ -12,8 +12,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 import hooks
+from hooks.brief import brief
 from hooks.inputs import fed
 from interp import evaluate, probe, seeds
+from interp.arguments import several
 from interp.features.transform import Transform, Unpaired, even, features, transform, unpaired, writes
 from interp.features.variants import ablated
 from interp.states import reading as states
@@ -112,6 +114,8 @@ class Found:
     reading: dict[tuple[int, int], probe.Probe]
     transforms: dict[tuple[str, int], Transform]
 
+    __repr__ = brief
+
     def best(self, k: int) -> int:
         """The layer from which most is read, judged by the prompts that fit the probes."""
         folds = {layer: one.folds for (layer, at), one in self.reading.items() if at == k}
@@ -135,7 +139,7 @@ def study(subject: Subject, asked: Plan, ks: Sequence[int], whats: Sequence[str]
     }
     transforms = {}
     for layer, one in enumerate(layers):
-        for what in whats:
+        for what in several(whats):
             values = one.step if what == STEP else one.write(held=what == HELD)
             order = 0 if what == STEP else asked.order
             made = transform(values, asked.asked, order, asked.order, seed=asked.seed)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from interp.layers import matching
 from interp.layers.readings import SUMS, Lens, Map, Probed, Subject
+from interp.result import numbers
 from interp.stats import Interval, bootstrap
 
 COLUMNS = ("model", "part", "block", "what", "setting", "k", "value", "low", "high", "n")
@@ -21,8 +22,12 @@ ByK = Mapping[tuple[int, int], matching.Match]
 
 
 def table(rows: list[Row], model: str) -> pd.DataFrame:
-    """One row for each number: part (lens, profile, probe, match, map), block, what, setting, k, value, interval, n."""
-    return pd.DataFrame([{"model": model, **row} for row in rows], columns=list(COLUMNS))
+    """One row for each number: part (lens, profile, probe, match, map), block, what, setting, k, value, interval, n.
+
+    ``k`` is NaN where a number is over all numbers of examples; ``block`` is -1 for the rivals.
+    """
+    found = pd.DataFrame([{"model": model, **row} for row in rows], columns=list(COLUMNS))
+    return found.assign(k=numbers(found["k"]))
 
 
 def lens_rows(seen: Lens, m: int) -> list[Row]:

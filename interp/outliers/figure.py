@@ -11,7 +11,7 @@ from interp import plot as draw
 from interp.outliers.edits import FROM_TWINS
 from interp.outliers.factors import FACTORS
 from interp.outliers.parts import GATED, LEFT_OUT, UNDONE
-from interp.result import Result
+from interp.result import Result, numbers
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -124,7 +124,7 @@ def _votes(axes: Axes, result: Result) -> str:
 def _shares(axes: Axes, result: Result) -> str:
     from interp import plot as draw
 
-    rows = result.table[(result.table.part == "split") & (result.table.layer == str(_layer(result)))]
+    rows = result.table[(result.table.part == "split") & (numbers(result.table.layer) == _layer(result))]
     if rows.empty:
         return _skipped(result, "no outliers to split a contribution of")
     names = [*FACTORS, "what follows", "difference"]

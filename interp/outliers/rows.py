@@ -10,6 +10,7 @@ import pandas as pd
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from interp.result import numbers
 from interp.stats import Interval, bootstrap, ratio
 
 PARTS = ("skipped", "use", "split", "gate", "contribution", "placement", "curve")
@@ -50,9 +51,10 @@ class Rows:
         self._rows += other._rows
 
     def table(self) -> pd.DataFrame:
-        """Every row, skipped parts first."""
+        """Every row, skipped parts first; ``layer`` is a number, NaN where a row is of no one layer."""
         rows = sorted(self._rows, key=lambda row: PARTS.index(row["part"]))
-        return pd.DataFrame(rows, columns=_COLUMNS)
+        found = pd.DataFrame(rows, columns=_COLUMNS)
+        return found.assign(layer=numbers(found["layer"]))
 
     def _row(self, *values: Any) -> None:
         self._rows.append(dict(zip(_COLUMNS, values, strict=True)))

@@ -2,6 +2,7 @@
 
 ``control`` is what the quantity is where there is nothing to find: shuffled targets for R², permuted prompts for a
 similarity (their mean), permuted tokens for resets, 0 otherwise left empty. ``p`` is family-wise for a similarity.
+``layer`` and ``k`` are numbers, NaN where a row is of no one layer ("all", "mean", "1 ~ 2" in ``layers``) or k.
 At ``k=0`` the state is the one at the query, which is all that was read; else the one before it.
 """
 
@@ -17,6 +18,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
+from interp.result import numbers
 from interp.similarity import Similarity
 from interp.states.forgetting import half_life, survival
 from interp.states.reading import stride
@@ -24,7 +26,7 @@ from interp.states.study import Plan, Study
 from interp.stats import bootstrap
 from interp.variance import LEVELS
 
-COLUMNS = ("model", "quantity", "layer", "at", "value", "low", "high", "control", "p", "n")
+COLUMNS = ("model", "quantity", "layers", "at", "value", "low", "high", "control", "p", "n")
 Alike = Mapping[int, Mapping[tuple[int, int], Mapping[str, Similarity]]]
 """By number of examples and pair of models."""
 Lines = Float[np.ndarray, "x 3"]
@@ -37,7 +39,10 @@ def table(studies: Sequence[Study], alike: Alike, asked: Plan) -> pd.DataFrame:
     rows += [row for study in studies for row in _of_one(study, asked)]
     for k, pairs in sorted(alike.items(), reverse=True):
         rows += [row for (i, j), measures in pairs.items() for row in _of_pair(studies[i], studies[j], measures, k)]
-    return pd.DataFrame(rows, columns=list(COLUMNS))
+    made = pd.DataFrame(rows, columns=list(COLUMNS))
+    made.insert(2, "layer", numbers(made["layers"]))
+    made.insert(5, "k", numbers(made["at"], "k="))
+    return made
 
 
 def arrays(studies: Sequence[Study], alike: Alike, asked: Plan) -> dict[str, np.ndarray]:

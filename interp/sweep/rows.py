@@ -16,13 +16,13 @@ ABOUT = ("n", "seed", "purpose")
 """What a card's measurement says of its prompts; its other keys are the model and its rivals."""
 COLUMNS = {
     "cell": str, "model": str, "task": str, "seed": int, "size": str, "parameters": int, "steps": int,
-    "seconds": float, "rate": float, "k": str, "error": float, "standard_error": float, "rival": str,
+    "seconds": float, "rate": float, "k": float, "error": float, "standard_error": float, "rival": str,
     "rival_error": float, "rival_standard_error": float, "failed": str,
 }  # fmt: skip
 
 
 def table(cells: Sequence[Cell], cards: Mapping[str, Mapping[str, Any]], failed: Mapping[str, str]) -> pd.DataFrame:
-    """Each cell's error at every k that its task reports, and as "mean" over all, beside the best rival's.
+    """Each cell's error at every k that its task reports, and over all where ``k`` is NaN, beside the best rival's.
 
     Errors are on the same fresh prompts, in the task's unit. ``seconds`` is the training that was
     kept, without the search; ``rate`` the learning rate that the search took. A cell that failed is
@@ -41,7 +41,15 @@ def table(cells: Sequence[Cell], cards: Mapping[str, Mapping[str, Any]], failed:
             rival, best = best_rival(card, k)
             errors = {name: own[name] for name in ("error", "standard_error")}
             errors |= {"rival": rival, "rival_error": best["error"], "rival_standard_error": best["standard_error"]}
-            rows.append({**named, **cost, "rate": card["learning_rate"], "k": k.removeprefix("k="), **errors})
+            rows.append(
+                {
+                    **named,
+                    **cost,
+                    "rate": card["learning_rate"],
+                    "k": float(k.removeprefix("k=").replace("mean", "nan")),
+                    **errors,
+                }
+            )
     empty = {str: "", int: 0, float: math.nan}
     return pd.DataFrame(
         {

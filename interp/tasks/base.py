@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float, Int, Real
 from torch import Tensor
 
+from hooks.brief import brief
 from hooks.errors import BadArgument
 from hooks.inputs import fed, first_weight
 
@@ -49,6 +50,8 @@ class Batch:
     x: Real[Tensor, "batch n_pairs d"]
     y: Real[Tensor, "batch n_pairs"]
     truth: Mapping[str, Tensor]
+
+    __repr__ = brief
 
     def __len__(self) -> int:
         """The number of prompts."""
@@ -228,6 +231,21 @@ def guess(task: Task, batch: Batch) -> Float[Tensor, "batch n_pairs *out"]:
         shape = (*batch.targets.shape, task.vocabulary)
         return torch.full(shape, -math.log(task.vocabulary), dtype=torch.float32, device=batch.targets.device)
     return torch.zeros_like(batch.targets)
+
+
+def least_by_constant(task: Task, batch: Batch) -> float:
+    """The smallest mean error of a prediction that is the same for every example, chosen with the labels in hand.
+
+    Of the labels' mean, which is the best one for squared errors, their median and 0; where symbols are predicted, of
+    their frequencies. Labels that have a mean are predicted in part by it, by who knows nothing of the prompt.
+    """
+    if isinstance(task, TokenTask):
+        counts = torch.bincount(batch.targets.flatten(), minlength=task.vocabulary).double()
+        usual = (counts / counts.sum()).clamp(min=1e-300).log().to(guess(task, batch))
+        return float(task.error(usual.expand_as(guess(task, batch)), batch).mean())
+    flat = batch.targets.flatten(0, 1)
+    each = (guess(task, batch), flat.mean(0).expand_as(batch.targets), flat.median(0).values.expand_as(batch.targets))
+    return min(float(task.error(constant, batch).mean()) for constant in each)
 
 
 def outputs(model: Model, tokens: Real[Tensor, "batch pos *d_token"], d_out: int) -> Float[Tensor, "batch pos d_out"]:

@@ -69,8 +69,9 @@ def test_table_holds_every_cell_with_interval_and_n(result: Result) -> None:
     for mode in modes:
         for role in ("both", "decay", "write"):
             rows = delta[(delta["mode"] == mode) & (delta.role == role)]
-            assert set(rows.layer) == ({"all", "0", "1"} if role == "both" or mode == "mean" else {"all"})
-            assert set(rows.k) == {"2", "4", "8", "mean"}
+            assert set(rows.layer.dropna()) == ({0, 1} if role == "both" or mode == "mean" else set())
+            assert rows.layer.isna().any()
+            assert set(rows.k.dropna()) == {2, 4, 8} and 4 * rows.k.isna().sum() == len(rows)
     assert {"B", "C", "gate", "control"} <= set(own.signal)
     assert {"untrained", "ols", "ridge", "averaging", "knn", "zero"} <= set(table.model)
     assert (table.low <= table.error + 1e-12).all() and (table.error <= table.high + 1e-12).all()
@@ -111,8 +112,8 @@ def test_the_change_is_that_of_a_run_made_by_hand(result: Result, config: ablate
         halved = task.loss(task.predict(model, batch), batch)[:, 4].mean() / task.scale
         handle.remove()
     rows = result.table
-    row = rows[(rows["mode"] == "scale×0.5") & (rows.signal == "delta") & (rows.role == "both") & (rows.layer == "1")]
-    found = row[row.k == "4"].iloc[0]
+    row = rows[(rows["mode"] == "scale×0.5") & (rows.signal == "delta") & (rows.role == "both") & (rows.layer == 1)]
+    found = row[row.k == 4].iloc[0]
     assert found.error == pytest.approx(float(halved), rel=1e-4)
     assert found.change == pytest.approx(float(halved - clean), rel=1e-2, abs=1e-7)
 
@@ -237,13 +238,32 @@ def test_predictions_that_fit_another_tasks_labels_are_seen(
         with torch.no_grad():
             return dataclasses.replace(batch, targets=task.predict(model, batch))
 
-    assert failing(config, monkeypatch, corrupt=telling) == {"another task's labels: error relative to predicting zero"}
+    assert failing(config, monkeypatch, corrupt=telling) == {
+        "another task's labels: error relative to the best constant"
+    }
+
+
+def test_labels_that_have_a_mean_are_not_taken_for_a_fit(
+    config: ablate_delta.Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """y = |z| has mean sqrt(2/π) and variance 1 − 2/π = 0.36 of E[y²]: a model that says the mean knows no task."""
+    model, task = ablate_delta._open(str(config.model), config)
+    with torch.no_grad():
+        model.head.linear.bias.fill_((2 / torch.pi) ** 0.5)
+    measured = {f"k={k}": row for k, row in evaluate.summary(model, task, [2, 4, 8]).items()}
+    path = tmp_path / "mean.safetensors"
+    models.save(model, path, {**model.card, "measured": {"model": measured, "n": 1280}})
+
+    def absolute(batch: tasks.Batch, generator: torch.Generator) -> tasks.Batch:
+        return dataclasses.replace(batch, targets=torch.randn(batch.targets.shape, generator=generator).abs())
+
+    assert failing(dataclasses.replace(config, model=str(path)), monkeypatch, corrupt=absolute) == set()
 
 
 def test_rivals_that_break_their_promise_are_seen(config: ablate_delta.Config, monkeypatch: pytest.MonkeyPatch) -> None:
     zero = torch.zeros(4, 3)
     assert failing(config, monkeypatch, rivals={"untrained": {}}) == {
-        "untrained model: error relative to predicting zero"
+        "untrained model: error relative to the best constant"
     }
     for errors, count in (
         ({Cell("mean"): zero, Cell("scale×2"): zero + 1}, 0),

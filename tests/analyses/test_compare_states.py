@@ -79,7 +79,7 @@ def test_table_holds_every_quantity_of_every_model_and_pair(result: Result) -> N
             "resets (ends: permuted tokens)",
         ):
             rows = own[own.quantity == quantity]
-            assert {str(layer) for layer in range(layers)} <= set(rows.layer), quantity
+            assert set(range(layers)) <= set(rows.layer), quantity
         assert {"norm of the state", "error", "R² of w from sums"} <= set(own.quantity)
     assert set(table[table.quantity == "recovery by a swap of conv"].model) == {mamba}
     pair = table[table.model == f"{mamba} ~ {s4d}"]
@@ -124,7 +124,7 @@ def test_numbers_are_those_of_runs_made_by_hand(result: Result, config: compare_
         mixed = [second[0], second[1]._replace(h=first[1].h)]
         f_patch, f_1, f_2 = (model(query, state=s)[:, 0, 0].double() for s in (mixed, first, second))
     slope = float(((f_patch - f_2) * (f_1 - f_2)).sum() / (f_1 - f_2).square().sum())
-    row = own[(own.quantity == "recovery by a swap of h") & (own.layer == "1")].iloc[0]
+    row = own[(own.quantity == "recovery by a swap of h") & (own.layer == 1)].iloc[0]
     assert row["at"] == "k=4" and row.n == 20
     assert row.value == pytest.approx(slope, rel=1e-3, abs=1e-5)
 
@@ -134,14 +134,14 @@ def test_numbers_are_those_of_runs_made_by_hand(result: Result, config: compare_
     left = [(decay[:, s + 1 : end + 1].prod(1) * write[:, s]).square().sum((1, 2)) for s in (end - 3, end - 2)]
     base = [write[:, s].square().sum((1, 2)) for s in (end - 3, end - 2)]
     expected = float(((left[0] + left[1]) / (base[0] + base[1])).mean().sqrt())
-    row = own[(own.quantity == "left of a write") & (own.layer == "0") & (own["at"] == "age=1")].iloc[0]
+    row = own[(own.quantity == "left of a write") & (own.layer == 0) & (own["at"] == "age=1")].iloc[0]
     assert row.value == pytest.approx(expected, rel=1e-4)
 
     # The newest example's tokens are the last two before the query, and so on back to the first two.
     energy = states.reach(model, batch.tokens[:8], end)[1, :, : end + 1].double()
     ages = torch.stack([energy[:, s] + energy[:, s + 1] for s in range(end - 1, -1, -2)], dim=1)
     expected_ages = (ages / ages.mean(1, keepdim=True)).mean(0).sqrt()
-    rows = own[(own.quantity == "derivative by an example, of its mean") & (own.layer == "1")]
+    rows = own[(own.quantity == "derivative by an example, of its mean") & (own.layer == 1)]
     np.testing.assert_allclose(rows.value.to_numpy(), expected_ages.numpy(), rtol=1e-4)
 
 
@@ -153,11 +153,11 @@ def test_k_0_is_the_state_at_a_query_with_nothing_before_it(result: Result, conf
     for name in config.models:
         record = hooks.record(models.load(name), batch.x[:, :1], "*.hook_state")
         held.append([h[:, 0].double() for h in record.values()])
-    table = result.table[result.table["at"] == "k=0"]
+    table = result.table[result.table.k == 0]
     for name, layers in zip(config.models, held, strict=True):
         own = table[table.model == name]
         for layer, h in enumerate(layers):
-            rows = own[own.layer == str(layer)].set_index("quantity").value
+            rows = own[own.layer == layer].set_index("quantity").value
             assert rows["effective rank of a state"] == pytest.approx(float(effective_rank(h[:10]).mean()), rel=1e-5)
             flat = h.flatten(1)
             expected = float(effective_rank(flat - flat.mean(0)))
@@ -165,7 +165,7 @@ def test_k_0_is_the_state_at_a_query_with_nothing_before_it(result: Result, conf
         assert {"R² of w", "R² of w, untrained", "R² of y", "error", "norm of the state"} <= set(own.quantity)
         assert not {"R² of Xty", "R² of XtX", "R² of w_ols"} & set(own.quantity)
         assert (own[own.quantity == "R² of w"].value < 0.3).all()  # w is not known yet
-    pair = table[(table.quantity == "cka") & (table.layer == "1 ~ 2")].iloc[0]
+    pair = table[(table.quantity == "cka") & (table.layers == "1 ~ 2")].iloc[0]
     assert pair.value == pytest.approx(similarity.cka(*(h.flatten(1) for h in (held[0][1], held[1][2]))), rel=1e-4)
     best = result.arrays["cka_best_0_1_k0"]
     assert best[0] == pytest.approx(table[table.quantity == "cka"].value.max())
@@ -222,7 +222,7 @@ def test_a_layer_that_is_the_same_for_every_prompt_at_k_0_is_not_compared(
     (note,) = [note for note in compare_states._notes(still, names, asked) if "states of" in note]
     assert f"{still[0].name} in layers 0 are the same" in note
     compare_states._checks(still, loaded, alike, asked)
-    assert state_rows.table(still, alike, asked).query("quantity == 'cka' and `at` == 'k=0'").layer.tolist() == [
+    assert state_rows.table(still, alike, asked).query("quantity == 'cka' and k == 0").layers.tolist() == [
         "1 ~ 0", "1 ~ 1", "1 ~ 2",
     ]  # fmt: skip
     none = [dataclasses.replace(found[0], rows={**found[0].rows, 0: [rows[0], rows[0]]}), found[1]]

@@ -95,7 +95,7 @@ def test_the_table_has_every_part_with_interval_and_n(result: Result) -> None:
     assert set(transforms.what) == {
         f"{what}: {words}" for what in ("write", "write, Δ at its mean", "Δ") for words in ("share", "coefficient")
     }
-    assert set(transforms.layer) == {"0", "1"}
+    assert set(transforms.layer) == {0, 1}
     assert result.ok, [check for check in result.checks if not check.ok]
     assert len(result.provenance["notes"]) == 1 and "tangent-step is only ablated" in result.provenance["notes"][0]
     assert set(result.provenance["weights"]) == set(result.config["variants"][1:]) | {result.config["model"]}

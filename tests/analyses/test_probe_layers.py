@@ -61,12 +61,12 @@ def test_the_table_has_every_part_with_interval_and_n(result: Result) -> None:
     for features in ("residual", "state", "running sum"):
         for target in ("w", "Xty", "w_ols", "y"):
             rows = probes[probes.what == f"{features} → {target}"]
-            assert set(rows.k) == {"2", "8"}
+            assert set(rows.k) == {2, 8}
             assert set(rows.setting) == {"", "shuffled"} | (set() if features == "running sum" else {"untrained"})
     families = set(table[table.part == "match"].what)
     assert {"GD", "GD++", "Newton", "online GD", "ridge", "least squares", "k-NN", "averaging", "zero"} <= families
     assert {"8", "17"} <= set(table[table.part == "map"].k)
-    late = table[(table.part == "match") & (table.k != "")]
+    late = table[(table.part == "match") & table.k.notna()]
     assert set(late.k) == {"3", "6", "8"} and set(late.block) == set(range(BLOCKS + 1))
     assert sum(late.what.str.startswith("nearest: ")) == 3 * (BLOCKS + 1)
     assert result.ok, [check for check in result.checks if not check.ok]

@@ -165,14 +165,23 @@ def test_the_table_is_what_the_cards_say(finished: tuple[Path, Result]) -> None:
     for row in result.table.to_dict("records"):
         card = models.load(folder / "out" / "sweep" / "tiny" / row["cell"]).card
         measured = {name: of for name, of in card["measured"].items() if isinstance(of, dict)}
-        key = "mean" if row["k"] == "mean" else f"k={row['k']}"
+        key = "mean" if np.isnan(row["k"]) else f"k={row['k']:.0f}"
         assert row["error"] == measured.pop("model")[key]["error"]
         assert row["rival_error"] == min(of[key]["error"] for of in measured.values())
         assert row["rival_error"] == measured[row["rival"]][key]["error"]
         assert (row["steps"], row["parameters"], row["rate"]) == (12, card["parameters"], card["learning_rate"])
-    assert set(result.table["k"]) == {"2", "4", "8", "mean"}
+    assert set(result.table["k"].dropna()) == {2, 4, 8}
     assert result.config["cells"]["s4d-two"]["model"] == "s4d"
     assert (result.folder / "figure.png").stat().st_size > 10_000  # type: ignore[operator]
+
+
+@pytest.mark.contract
+def test_the_middle_k_is_the_middle_number_whatever_it_was_written_as() -> None:
+    """Also of a folder of an earlier version, where k was text and "10" came before "5"; the mean over k is no k."""
+    rows = {"task": "linreg", "size": "", "model": "mamba", "error": [0.5, 0.3, 0.1, 0.2]}
+    for ks in (["5", "10", "20", "mean"], [5.0, 10.0, 20.0, np.nan]):
+        found = command.middle(pd.DataFrame({**rows, "k": ks}))
+        assert found["label"].tolist() == ["linreg, k = 10"] and found["error"].tolist() == [0.3]
 
 
 @pytest.mark.end_to_end

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from hooks.errors import BadArgument
-from interp.arguments import known_options, one_of, whole_number
+from interp import tasks
+from interp.ablation import effects
+from interp.arguments import known_options, one_of, several, whole_number
+from interp.curves import errors as curves
+from interp.curves import rivals
 
 pytestmark = pytest.mark.contract
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize(
@@ -42,3 +52,34 @@ def test_known_options_are_the_parameters_of_the_function() -> None:
         known_options("thing", make, {"widht": 1})
     with pytest.raises(BadArgument, match="there is: width, depth"):
         known_options("thing", make, {"colour": 1})
+
+
+def test_a_text_is_one_name_wherever_several_are_taken() -> None:
+    """Of every command's configuration too, in a notebook (where no types are checked); on a command line it is one."""
+    assert several("abc") == ("abc",) == several(["abc"]) and several(("a", "b")) == ("a", "b") and several(()) == ()
+    done = subprocess.run([sys.executable, "-c", CONFIGS], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and int(done.stdout) > 15, done.stderr
+
+
+CONFIGS = """
+import dataclasses, importlib
+from analyses import __main__ as listing
+seen = 0
+for name in listing.questions():
+    config = importlib.import_module(f"analyses.{name}").Config
+    needed = {field.name: "zoo" for field in dataclasses.fields(config) if field.default is dataclasses.MISSING}
+    for field in dataclasses.fields(config):
+        if field.type.startswith("tuple["):
+            for given in ("mamba-linreg", ["mamba-linreg"], ("mamba-linreg",)):
+                assert getattr(config(**needed, **{field.name: given}), field.name) == ("mamba-linreg",), field
+            seen += 1
+print(seen)
+"""
+
+
+def test_one_text_is_taken_by_what_walks_over_names() -> None:
+    task = tasks.build("linreg", d=2, n_pairs=4)
+    assert [rival.name for rival in rivals.build(task, "ols")] == ["ols"]
+    assert [one.name for one in curves.settings(task, "label_noise", 1, 8)[0]] == ["as trained", "label_noise"]
+    assert curves.settings(task, "none", 1, 8)[0][1:] == []
+    assert effects.modes_of("x", (0.5,))[-2:] == ["freeze:x", "scale×0.5"]

@@ -16,7 +16,7 @@ from hooks.errors import BadArgument, RunFailed
 from interp import files
 from interp.files import strict_json, write_whole
 from interp.provenance import commit, provenance, versions
-from interp.result import Check, Result
+from interp.result import Check, Result, numbers
 
 
 def make(seed: int = 0, **config: Any) -> Result:
@@ -44,6 +44,18 @@ def strict(text: str) -> Any:
         raise AssertionError(f"{constant} is not JSON")
 
     return json.loads(text, parse_constant=refuse)
+
+
+@pytest.mark.contract
+def test_numbers_in_words_can_be_compared_as_numbers() -> None:
+    table = pd.DataFrame({"k": ["2", "10", "mean", ""], "at": ["k=2", "k=10", "k=5…6", "age=1"]})
+    assert table[table.k == 10].empty, "why k is made a number"
+    for found in (numbers(table["k"]), numbers(table["at"], "k=")):
+        assert found.dtype == np.float64 and table[found == 10].index.tolist() == [1]
+        np.testing.assert_array_equal(found, [2, 10, np.nan, np.nan])
+    already = pd.Series([3.0, np.nan])
+    pd.testing.assert_series_equal(numbers(already), already)
+    pd.testing.assert_series_equal(numbers(pd.Series([3, 4])), pd.Series([3.0, 4.0]))
 
 
 @pytest.mark.contract

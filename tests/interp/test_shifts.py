@@ -300,3 +300,12 @@ def test_a_length_without_such_a_query_is_refused() -> None:
         prompts(seen, n_pairs=1)
     half = shifts.apply(base(d=6, covariance="half_subspace"), ["orthogonal_query"])
     assert half.n_pairs == 3 and prompts(half).x.shape == (5, 3, 6)
+
+
+@pytest.mark.contract
+@pytest.mark.parametrize("asked", ["label_noise", ("label_noise", {"sigma": 1.0}), ["label_noise"]])
+def test_one_shift_by_itself_is_that_shift(asked: Any) -> None:
+    task = tasks.build("linreg", d=2, n_pairs=4)
+    assert shifts.apply(task, asked).config == shifts.apply(task, [("label_noise", {"sigma": 1.0})]).config
+    with pytest.raises(BadArgument, match='did you mean "label_noise"'):
+        shifts.apply(task, "label_nose")

@@ -5,6 +5,7 @@ Those whose tokens are integers have theirs in ``test_token_tasks``.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from hooks.errors import BadArgument
 from interp import seeds, tasks
 from interp.tasks import Batch, Task, TokenTask
+from interp.tasks.base import guess, least_by_constant
 
 pytestmark = pytest.mark.contract
 
@@ -274,3 +276,25 @@ def test_a_sample_that_cannot_be_is_refused(task: Task, shape: dict[str, int]) -
     name, value = next(iter(shape.items()))
     with pytest.raises(BadArgument, match=f"{name}={value}"):
         prompts(task, **shape)
+
+
+def test_the_best_constant_is_the_mean_where_labels_have_one() -> None:
+    """y = |z|: E[y²] = 1 is what predicting zero leaves, its variance 1 − 2/π what predicting the mean does."""
+    task = tasks.build("linreg", d=2, n_pairs=8)
+    batch = task.sample(500, seeds.generator("probe", 3))
+    targets = torch.randn(batch.targets.shape, generator=seeds.generator("probe", 4)).abs()
+    batch = dataclasses.replace(batch, targets=targets * task.scale**0.5)
+    assert float(task.error(guess(task, batch), batch).mean()) == pytest.approx(1, abs=0.1)
+    assert least_by_constant(task, batch) == pytest.approx(1 - 2 / torch.pi, abs=0.04)
+    centred = task.sample(500, seeds.generator("probe", 3))
+    assert least_by_constant(task, centred) == pytest.approx(
+        float(task.error(guess(task, centred), centred).mean()), rel=0.01
+    )
+
+
+def test_the_best_constant_of_classes_is_the_more_frequent_one() -> None:
+    task = tasks.build("outliers")
+    batch = task.sample(8, seeds.generator("probe", 0))
+    targets = torch.ones_like(batch.targets)
+    targets[:2] = -1
+    assert least_by_constant(task, dataclasses.replace(batch, targets=targets)) == pytest.approx(0.25)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from typing import Any
@@ -14,7 +15,7 @@ import models
 from hooks.errors import BadArgument, NonFinite
 from interp import evaluate, seeds, tasks
 from interp.tasks import Batch, TokenTask
-from interp.tasks.base import guess, model_shape, outputs
+from interp.tasks.base import guess, least_by_constant, model_shape, outputs
 
 pytestmark = pytest.mark.contract
 
@@ -144,6 +145,16 @@ def test_loss_is_nats_of_each_prompt_and_example(task: TokenTask) -> None:
     even = guess(task, batch)
     torch.testing.assert_close(even.exp().sum(-1), torch.ones(6, task.n_pairs))
     torch.testing.assert_close(task.loss(even, batch), torch.full((6, task.n_pairs), math.log(task.vocabulary)))
+
+
+def test_the_best_constant_says_the_frequencies(task: TokenTask) -> None:
+    """Three of one symbol to one of another: the entropy in nats, a quarter of wrong symbols."""
+    batch = prompts(task, n_pairs=4)
+    targets = torch.zeros_like(batch.targets)
+    targets[:, -1] = 1
+    found = least_by_constant(task, dataclasses.replace(batch, targets=targets))
+    nats = -0.75 * math.log(0.75) - 0.25 * math.log(0.25)
+    assert found == pytest.approx(nats if task.metric.startswith("nats") else 0.25, rel=1e-5)
 
 
 def test_loss_refuses_another_shape(task: TokenTask) -> None:
