@@ -111,7 +111,7 @@ def emit(point: nn.Module, value: Tensor, *, shared: bool = False) -> Tensor:
     """
     if not watched(point):
         if in_backward():
-            passed(point, False)
+            passed(point, False, _is_watched)
         if getattr(point, "divides", False):
             check_divisor(point, value)
         return value
@@ -122,11 +122,12 @@ def emit(point: nn.Module, value: Tensor, *, shared: bool = False) -> Tensor:
         value.register_hook(_contiguous)
     version = None if value.is_inference() else value._version
     out = nn.Module.__call__(point, value) if isinstance(point, Point) else point(value)
-    changed = out is not value or version is None or value._version != version
+    # An edit of the state has been made before the state gets here.
+    changed = out is not value or version is None or value._version != version or bool(state_edits(point))
     if out is not value:
         out = _conformed(out, value, getattr(point, "listed", None) or getattr(point, "name", None) or "a hook point")
     if changed or in_backward():
-        passed(point, changed)
+        passed(point, changed, _is_watched)
     if changed or "forward" in point.__dict__:
         note(point, out)
     if getattr(point, "divides", False):

@@ -9,7 +9,7 @@ and compared when the part is run again.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -46,8 +46,8 @@ def begin() -> None:
             notes.runs.append(set())
 
 
-def passed(point: Any, changed: bool) -> None:
-    """A value went through ``point``, and whether it was changed there.
+def passed(point: Any, changed: bool, hooked: Callable[[Any], bool]) -> None:
+    """A value went through ``point``, and whether it was changed there; ``hooked`` says whether a point has hooks now.
 
     Raises :class:`RunFailed` where this part of the run is made again and was not changed at the same points before.
     """
@@ -62,7 +62,7 @@ def passed(point: Any, changed: bool) -> None:
             raise RunFailed(_told(point, "was not there"))
         # Also those that are not passed this time: without an edit of the state nobody forms it.
         for other in before:
-            if other is point and not changed or not _hooked(other):
+            if (other is point and not changed) or not hooked(other):
                 raise RunFailed(_told(other, "was there"))
 
 
@@ -74,13 +74,11 @@ def _told(point: Any, how: str) -> str:
     )
 
 
-def _hooked(point: Any) -> bool:
-    own = point.__dict__
-    return bool(own["_forward_hooks"] or own["_forward_pre_hooks"] or own.get("interrupts") or "forward" in own)
-
-
 def _parts() -> Iterator[tuple[_Notes, bool]]:
-    """The parts that are to be computed again and that this call is in, inside out; whether each is run again now."""
+    """The parts that are to be computed again and that this call is in, inside out; whether each is run again now.
+
+    What lies around a part that is run again is a backward pass and no part of this run.
+    """
     seen: set[int] = set()
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     for cell in getattr(hooks[0], "__closure__", None) or () if hooks else ():
@@ -93,6 +91,8 @@ def _parts() -> Iterator[tuple[_Notes, bool]]:
             if part is not None and id(part) not in seen:
                 seen.add(id(part))
                 yield _notes(part), again
+                if again:
+                    return
         frame = frame.f_back
 
 
