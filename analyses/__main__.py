@@ -12,6 +12,8 @@ import re
 import sys
 from pathlib import Path
 
+from interp.streams import take_every_letter
+
 HERE = Path(__file__).resolve().parent
 
 
@@ -40,6 +42,7 @@ def listing(found: dict[str, tuple[str, str]]) -> str:
 
 
 def main(argv: list[str]) -> int:
+    take_every_letter()
     found = questions()
     if argv and argv != ["--help"] and argv != ["-h"]:
         name = argv[0]

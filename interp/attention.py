@@ -35,6 +35,7 @@ from hooks.precision import exact
 from interp.contributions import Contributions, contributions
 from interp.inside import INSIDE, inside_of, taps_of
 from interp.pairs import all_pairs
+from interp.progress import followed
 from interp.recurrence import Recurrence, adjoints, edited, mixer_of, observe, picked, real
 
 __all__ = ["INSIDE", "Attention", "Contributions", "contributions", "matrix"]
@@ -181,7 +182,8 @@ def _values(seen: Recurrence, columns: Tensor, queries: Tensor) -> tuple[Tensor,
     gain, init = (seen.numbers(part[..., at, :]) for part in (seen.gain, seen.init))
     added = None if seen.edited is None else seen.numbers(seen.edited[:, :, at])
     if seen.factored or ROW_COST * len(queries) < length:
-        found = [_row(decay, gain, init, added, row, int(query)) for query in queries]
+        asked = followed(queries.tolist(), "attention")
+        found = [_row(decay, gain, init, added, row, query) for query in asked]
         values, start, put = (torch.stack(part, 2) for part in zip(*found, strict=True))
         return values, start, put
     count = len(columns)
@@ -189,7 +191,7 @@ def _values(seen: Recurrence, columns: Tensor, queries: Tensor) -> tuple[Tensor,
     direct = torch.equal(queries, torch.arange(length, device=queries.device))
     tile = count if direct else max(1, TILE_NUMBERS // (batch * length * length))
     whole = values if direct else values.new_zeros(batch, min(tile, count), length, length)
-    for first in range(0, count, tile):
+    for first in followed(range(0, count, tile), "attention"):
         here = slice(first, min(first + tile, count))
         if here.stop - first < whole.shape[1]:  # the last tile
             whole = values.new_zeros(batch, here.stop - first, length, length)

@@ -33,6 +33,7 @@ from hooks.inputs import gradients_can_be, readable
 from hooks.sites import Pattern, kind_of
 from interp.arguments import whole_number
 from interp.metric import Metric, kind, one_arithmetic, one_number
+from interp.progress import progress
 
 
 def gradients(
@@ -183,17 +184,19 @@ def integrated_gradients(
         change = hooks.set_to(values, pos=pos, channels=channels)
         with hooks.edit(model, {name: change}, readout_only=readout_only):
             output = model(tokens, **given)
+        tick()
         # The metric may hold the labels of these prompts, so it is asked about one copy of the batch at a time.
         return torch.cat([one_number(metric, part, size) for part in output.split(size)])
 
-    # Before the steps, so that a metric that does not work is known at once.
-    with torch.no_grad():
-        total = along(value, x) - along(start, x)
-    # captum makes the points of its quadrature on torch's default device.
-    with torch.enable_grad(), torch.device(value.device):
-        values = IntegratedGradients(along).attribute(
-            value, start, additional_forward_args=(x,), n_steps=steps, internal_batch_size=batch_size
-        )
+    with progress(None, "integrated gradients") as tick:  # captum decides in how many forwards
+        # Before the steps, so that a metric that does not work is known at once.
+        with torch.no_grad():
+            total = along(value, x) - along(start, x)
+        # captum makes the points of its quadrature on torch's default device.
+        with torch.enable_grad(), torch.device(value.device):
+            values = IntegratedGradients(along).attribute(
+                value, start, additional_forward_args=(x,), n_steps=steps, internal_batch_size=batch_size
+            )
     values = values.detach()
     return Integrated(values, total, values.flatten(1).sum(1) - total, start)
 

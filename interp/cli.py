@@ -23,7 +23,9 @@ import dataclasses
 import io
 import os
 import re
+import shutil
 import sys
+import textwrap
 import traceback
 from collections.abc import Sequence
 from functools import partial
@@ -34,6 +36,7 @@ from typing import Any, Protocol, TypeVar
 import tyro
 
 from interp.heap import keep_freed_memory, look_for_cycles_seldom
+from interp.streams import take_every_letter
 
 DONE, FAILED, WRONG = 0, 1, 2
 SHORT_WAIT = ("GOMP_SPINCOUNT", "10000")
@@ -73,6 +76,7 @@ def main(module: ModuleType, argv: Sequence[str] | None = None) -> int:
 
     Returns the exit code. Reads ``config.out`` and ``config.json`` where the command has them.
     """
+    take_every_letter()
     try:
         config = parse(module.Config, argv, prog=_prog(module), description=module.__doc__ or "")
         keep_freed_memory()
@@ -108,7 +112,7 @@ def parse(config: type[ConfigT], argv: Sequence[str] | None, *, prog: str, descr
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(config, args=argv, prog=prog, description=description)
+            return tyro.cli(config, args=argv, prog=prog, description=_laid_out(description))
     except SystemExit as stop:
         if stop.code in (None, 0):
             raise
@@ -118,6 +122,25 @@ def parse(config: type[ConfigT], argv: Sequence[str] | None, *, prog: str, descr
 def say(text: str) -> None:
     """A line on stderr, where progress is told."""
     print(text, file=sys.stderr, flush=True)
+
+
+def _laid_out(text: str) -> str:
+    """A docstring as ``--help`` shows it: paragraphs and sections apart, a section's text beside its name.
+
+    The library joins lines that begin with a letter, whatever section they begin.
+    """
+    wide, blocks = min(100, max(40, shutil.get_terminal_size().columns)), [""]
+    for line in text.strip().splitlines():
+        if not line.strip() or re.match(r"[A-Z][\w ]*? {2,}\S", line):
+            blocks.append("")
+        blocks[-1] += f"{line.strip()}\n"
+    found = []
+    for block in filter(str.strip, blocks):
+        name, gap, rest = (*re.split(r"( {2,})", block, maxsplit=1), "", "")[:3]
+        head = f"{name}{gap}" if gap else ""
+        look: dict[str, Any] = {"initial_indent": head, "subsequent_indent": " " * len(head)}
+        found.append(textwrap.fill(" ".join((rest if gap else block).split()), wide, break_on_hyphens=False, **look))
+    return "\n\n".join(found)
 
 
 def explain(error: BaseException) -> tuple[int, str]:
@@ -192,8 +215,6 @@ def _print(text: str) -> None:
     """``text`` on stdout, once for all processes; quiet when the reader (``| head``) has gone."""
     if os.environ.get("RANK", "0") != "0":
         return
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a Δ on a terminal that has none is a "?"
     try:
         print(text, flush=True)
     except BrokenPipeError:

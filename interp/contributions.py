@@ -26,6 +26,7 @@ from hooks.errors import BadArgument
 from hooks.inputs import gradients_can_be, readable
 from hooks.point import watched
 from interp.inside import Inside, inside_of, taps_of
+from interp.progress import followed
 from interp.recurrence import Inner, Recurrence, edited, mixer_of, observe, picked
 
 Prompts = Float[Tensor, "batch"]
@@ -175,8 +176,8 @@ def _effects(
             layer = int(site.split(".")[1])
             x = model(x, stop_at_layer=layer, **keywords)
             keywords["start_at_layer"] = layer
-        for token in tokens:
-            with hooks.edit(model, {site: hooks.zero(pos=int(token))}):
+        for token in followed(tokens.tolist(), "contributions"):
+            with hooks.edit(model, {site: hooks.zero(pos=token)}):
                 found.append(value - scalar(model(x, **keywords)))
     return torch.stack(found, dim=-1)
 

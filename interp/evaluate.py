@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from hooks.errors import NonFinite
 from interp import seeds
 from interp.arguments import whole_number
+from interp.progress import followed
 from interp.tasks.base import Batch, Model, Task, TokenTask, at_the_query
 
 
@@ -62,7 +63,7 @@ def predictions(
     whole_number("batch_size", batch_size, least=1)
     parts = []
     with torch.no_grad(), _evaluating(model):
-        for start in range(0, len(batch), batch_size):
+        for start in followed(range(0, len(batch), batch_size), "evaluate"):
             part = batch.take(slice(start, start + batch_size)).fed(model)
             made = _predict(model, task, part, query_only)
             _check_finite("prediction", made, start, part)

@@ -33,6 +33,7 @@ from hooks.sites import points
 from interp import stats
 from interp.arguments import one_of, whole_number
 from interp.metric import Metric, one_arithmetic, one_number
+from interp.progress import followed, progress
 from interp.recurrence import FACTORS, refuse_real_factors
 
 Mask = Bool[Tensor, "prompts source target"]
@@ -131,7 +132,7 @@ def left(
         base = model(x)
         with hooks.edit(model, edits):
             base_out = model(x)
-        for source in mask.any(2).any(0).nonzero().reshape(-1).tolist():
+        for source in followed(mask.any(2).any(0).nonzero().reshape(-1).tolist(), "left"):
             targets = mask[:, source]
             tokens = x.clone()
             tokens[targets.any(1), source] = swapped[targets.any(1), source]
@@ -212,9 +213,11 @@ class _Scan:
         carry = _from_every_earlier if _every_later(mask) else _carried
         at = mask.any(1).any(0).nonzero()[:, 0]
         carried = write.new_zeros(write.shape[0], len(at), *write.shape[2:])
-        for row, (t, what) in enumerate(carry(forgets, write, mask, self._advance)):
-            assert t == at[row]
-            carried[:, row] = what
+        with progress(len(at), "knock_out") as tick:
+            for row, (t, what) in enumerate(carry(forgets, write, mask, self._advance)):
+                assert t == at[row]
+                carried[:, row] = what
+                tick()
         C = seen.get("hook_C")
         return y.index_add(1, at, self._read(carried, None if C is None else C[:, at]).to(y.dtype), alpha=-1)
 

@@ -32,6 +32,7 @@ from hooks.sites import Pattern, kind_of
 from interp import stats
 from interp.knockout import between, knock_out, left
 from interp.metric import Metric, kind, one_arithmetic, one_number, recovered, recovery
+from interp.progress import followed
 from interp.swap import Swap, swap_states, swap_table
 
 __all__ = [
@@ -160,7 +161,7 @@ def patched(
         source = hooks.record(model, clean, names, **model_kwargs)
         runs = _Runs(model, corrupted, names, model_kwargs)
         before, goal = _finite(metric, runs.whole(), size, "corrupted"), _finite(metric, source.output, size, "clean")
-        for label, group, pos, at in asked:
+        for label, group, pos, at in followed(asked, "patch"):
             states = any(kind(name) == "hook_state" for name in group)
             changes = {name: hooks.resample(source=source, pos=at if _has_positions(name) else None) for name in group}
             try:

@@ -23,6 +23,7 @@ from torch import Tensor
 from hooks.brief import brief
 from hooks.errors import BadArgument, NonFinite
 from interp.arguments import whole_number
+from interp.progress import followed, progress
 from interp.stats import Interval, bootstrap, ratio
 
 PENALTIES = tuple(10.0**power for power in range(-2, 6))
@@ -115,11 +116,12 @@ def ridge(
 
     beside = _controls(x, untrained, running_sum)
     reduced, axes = _reduced(x, parts, components)
-    fitted = _Ridge(reduced, copies, parts)
-    others = {
-        control: _Ridge(reduce(given, parts, components), copies[..., :width], parts)
-        for control, given in beside.items()
-    }
+    with progress(FOLDS * (1 + len(beside)), "probe") as tick:
+        fitted = _Ridge(reduced, copies, parts, tick)
+        others = {
+            control: _Ridge(reduce(given, parts, components), copies[..., :width], parts, tick)
+            for control, given in beside.items()
+        }
     asked: list[tuple[str, _Ridge, list[slice]]] = []
     start = 0
     for name, count in columns.items():
@@ -164,7 +166,7 @@ def logistic(
             raise BadArgument(f"all training prompts{which} have the class {classes[0]:g}; a probe needs two")
     beside = _controls(x, untrained, running_sum)
     pipeline, right, penalty, folds = _fit_classes(reduced, y, parts)
-    blind = [_fit_classes(reduced, y[order], parts)[1] for order in orders]
+    blind = [_fit_classes(reduced, y[order], parts)[1] for order in followed(orders, "probe, shuffled")]
     controls = {"shuffled": bootstrap(np.mean(blind, axis=0))}
     for control, given in beside.items():
         controls[control] = bootstrap(_fit_classes(reduce(given, parts, components), y, parts)[1])
@@ -227,7 +229,7 @@ class _Ridge:
     every penalty: hundreds of probes, one for each block and target, take a second and not a minute.
     """
 
-    def __init__(self, x: Rows, y: Rows, parts: Split) -> None:
+    def __init__(self, x: Rows, y: Rows, parts: Split, tick: Callable[[], object] = lambda: None) -> None:
         flat, goal = _flat(x, parts.train), _flat(y, parts.train)
         centre, size = flat.mean(0), flat.std(0)
         self.size = np.where(size > 1e-12 * np.abs(centre), size, 1.0)
@@ -241,6 +243,7 @@ class _Ridge:
             for i, penalty in enumerate(PENALTIES):
                 weights, shift = part.solve(penalty)
                 missed[i] += np.square(scaled[outside] @ weights + shift - goal[outside]).sum(0)
+            tick()
         self.penalty = np.asarray(PENALTIES)[missed.argmin(0)]
         self.inside = missed.min(0), np.square(goal - goal.mean(0)).sum(0)
         self.weights, shift = _Decomposed(scaled, goal).solve(self.penalty)

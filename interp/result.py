@@ -152,7 +152,7 @@ class Result:
                 f"{folder} holds no result: {', '.join(missing)} is not there; give a folder that an analysis wrote"
             )
         try:
-            head = json.loads((folder / "result.json").read_text())
+            head = json.loads((folder / "result.json").read_text(encoding="utf-8"))
             if not isinstance(head, dict) or head.get("format") != FORMAT:
                 raise ValueError(f"result.json is not in the format {FORMAT}")
             # As text: pandas' guesses would turn a mode called "None" or "NA" into a missing value.

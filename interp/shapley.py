@@ -20,6 +20,7 @@ from torch import Tensor
 
 from hooks.errors import BadArgument
 from interp.arguments import whole_number
+from interp.progress import followed
 
 MOST_PLAYERS = 12
 
@@ -31,7 +32,7 @@ def shapley(value: Callable[[tuple[bool, ...]], Tensor], players: int) -> Float[
     Raises :class:`BadArgument` for more players than 2ⁿ calls can serve, and for values of several shapes.
     """
     whole_number("players", players, 1, MOST_PLAYERS)
-    values = [value(_changed(subset, players)) for subset in range(2**players)]
+    values = [value(_changed(subset, players)) for subset in followed(range(2**players), "shapley")]
     for found in values:
         if found.shape != values[0].shape:
             raise BadArgument(f"values of shape {tuple(values[0].shape)} and {tuple(found.shape)}: give one shape")

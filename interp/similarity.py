@@ -35,6 +35,7 @@ from hooks.brief import brief
 from hooks.errors import BadArgument, NonFinite
 from interp import seeds
 from interp.arguments import one_of, whole_number
+from interp.progress import followed
 
 Rows = Float[Tensor, "n width"]
 """Row i is prompt i. The other side's rows are named apart and compared in words, with both numbers in the message."""
@@ -123,7 +124,7 @@ def compare(
     a, b = _stack([prepare(x) for x in left]), _stack([prepare(y) for y in right])
     found = score(a, b)
     generator = torch.Generator().manual_seed(seed)
-    draws = torch.stack([score(a, permuted(b, seeds.order(n, generator))) for _ in range(n_perm)])
+    draws = torch.stack([score(a, permuted(b, seeds.order(n, generator))) for _ in followed(range(n_perm), measure)])
     # A distance is more alike where it is smaller.
     sign = -1.0 if measure == "procrustes" else 1.0
     alike, chance = sign * found, sign * draws

@@ -23,6 +23,7 @@ from hooks.inputs import readable
 from interp import stats
 from interp.arguments import one_of, whole_number
 from interp.metric import Metric, one_number, recovered
+from interp.progress import followed
 
 PARTS = ("h", "conv")
 
@@ -123,12 +124,12 @@ def swap_table(
         names: dict[str, tuple[str, ...]] = {part: (part,) for part in swap.parts}
         if len(names) > 1:
             names["both"] = swap.parts
-        for label, parts in names.items():
-            for layer in [None, *(range(swap.n_layers) if by_layer else ())]:
-                f_patch = one_number(metric, swap.patched(parts, layer), size)
-                share = recovered(f_patch, f_1, f_2, n_boot=n_boot, level=level, seed=seed)
-                numbers = float(share.mean), float(share.low), float(share.high)
-                rows.append((position, label, layer, *numbers, share.n))
+        layers = [None, *(range(swap.n_layers) if by_layer else ())]
+        for label, layer in followed([(label, layer) for label in names for layer in layers], "swap"):
+            f_patch = one_number(metric, swap.patched(names[label], layer), size)
+            share = recovered(f_patch, f_1, f_2, n_boot=n_boot, level=level, seed=seed)
+            numbers = float(share.mean), float(share.low), float(share.high)
+            rows.append((position, label, layer, *numbers, share.n))
     if all(math.isnan(row[3]) for row in rows):
         raise BadArgument("both contexts give every pair the same metric: there is no difference to recover")
     columns = ["at", "part", "layer", "recovery", "recovery_low", "recovery_high", "n"]

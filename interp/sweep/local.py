@@ -155,5 +155,9 @@ def _reason(worker: _Worker) -> str:
     if number < 0:
         killed = signal.Signals(-number).name
         return f"its process was killed {worker.starts} times, last by {killed} (is there enough memory?)"
-    lines = [line.strip() for line in worker.job.log.read_text(errors="replace").splitlines() if line.strip()]
+    lines = [
+        line.strip()
+        for line in worker.job.log.read_text(encoding="utf-8", errors="replace").splitlines()
+        if line.strip()
+    ]
     return lines[-1].removeprefix("error: ") if lines else f"it ended with exit code {number} and said nothing"

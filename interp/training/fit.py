@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import math
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,11 +21,11 @@ import torch
 from accelerate import Accelerator
 from jaxtyping import Float
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from hooks.brief import brief
 from hooks.errors import NonFinite, RunFailed
 from interp import evaluate, seeds
+from interp.progress import bar
 from interp.tasks.base import Batch, Task, guess
 from interp.training import recipe, resume
 from interp.training.recipe import TrainConfig
@@ -148,15 +147,8 @@ def fit(
         writer = resume.Metrics(metrics, keep=progress["step"])
     validate = validation(run)
     began = time.perf_counter() - progress["seconds"]
-    bar = tqdm(
-        total=steps,
-        initial=progress["step"],
-        desc=label,
-        disable=not (accelerator.is_main_process and sys.stderr.isatty()),
-        mininterval=0.5,
-    )
     model.train()
-    with bar:
+    with bar(steps, label, initial=progress["step"]) as shown:
         for step in range(progress["step"], steps):
             if at_rest(progress, patience):
                 break
@@ -180,7 +172,7 @@ def fit(
                 )
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            bar.update()
+            shown.update()
 
             done = step + 1
             progress["step"] = done
@@ -193,7 +185,7 @@ def fit(
                 if patience and done >= max(config.curriculum, config.warmup) * steps:
                     _compare(progress, accelerator, found)
                 progress["loss_sum"], progress["loss_count"] = 0.0, 0
-                bar.set_postfix_str(_postfix(row))
+                shown.set_postfix_str(_postfix(row))
                 if writer is not None:
                     writer.append(row)
             last = done == steps or at_rest(progress, patience)

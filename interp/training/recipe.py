@@ -187,7 +187,7 @@ def _as_field(name: str, value: Any) -> Any:
 def read(path: Path) -> TrainConfig:
     """The recipe in a JSON file."""
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise BadArgument(f"cannot read the recipe {path}: {error}") from error
     if not isinstance(values, dict):

@@ -184,7 +184,7 @@ class Metrics:
         """Open ``path`` and drop every line after step ``keep`` (and a line cut short)."""
         kept = []
         if path.exists():
-            for line in path.read_text().splitlines():
+            for line in path.read_text(encoding="utf-8").splitlines():
                 with contextlib.suppress(ValueError, KeyError, TypeError):
                     if json.loads(line)["step"] <= keep:
                         kept.append(line + "\n")
@@ -192,5 +192,5 @@ class Metrics:
         self.path = path
 
     def append(self, row: Mapping[str, Any]) -> None:
-        with open(self.path, "a") as file:
+        with open(self.path, "a", encoding="utf-8") as file:
             file.write(strict_json(row) + "\n")

@@ -262,7 +262,7 @@ def _search(run: Run) -> list[dict[str, Any]]:
         return [{"lr": run.config.middle_rate, "validation_error": math.inf, "losses": None}]
     path = run.folder / "resume" / "search.json"
     try:
-        done = json.loads(path.read_text()) if path.exists() else []
+        done = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
         # Files from before the losses were kept are good; such candidates are not compared.
         done = [
             {**{key: cell[key] for key in ("lr", "validation_error")}, "losses": cell.get("losses")} for cell in done
