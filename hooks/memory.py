@@ -37,7 +37,9 @@ def allowed_memory(device: torch.device, max_memory: Any) -> int:
     if max_memory is None:
         return free_memory(device) // 2
     if isinstance(max_memory, bool) or not isinstance(max_memory, int | float) or not 0 <= max_memory < math.inf:
-        raise BadArgument(f"max_memory is {told(max_memory)}; give a number of bytes, e.g. 2e9, or None for the default")
+        raise BadArgument(
+            f"max_memory is {told(max_memory)}; give a number of bytes, e.g. 2e9, or None for the default"
+        )
     return int(max_memory)
 
 

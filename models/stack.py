@@ -171,7 +171,9 @@ class Root(HookedModule):
         if layer is None:
             return None
         if isinstance(layer, bool) or not isinstance(layer, int) or not -count <= layer <= count:
-            raise BadArgument(f"{what}={told(layer)}: the model has {count} layers; give a number from {-count} to {count}")
+            raise BadArgument(
+                f"{what}={told(layer)}: the model has {count} layers; give a number from {-count} to {count}"
+            )
         return layer if layer >= 0 else count + layer
 
     def check_input(self, x: Any, state: Any = None, start: int | None = None, what: str = "the input") -> None:
