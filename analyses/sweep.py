@@ -1,6 +1,6 @@
 """Train a whole grid, models × tasks × seeds × sizes, from one recipe; what is finished is kept.
 
-``python -m analyses.sweep zoo --workers 2 --threads 1`` trains the bundled grid; a YAML file is one of
+As in ``python -m analyses.sweep zoo --workers 2 --threads 1``, which trains the bundled grid; a YAML file is one of
 yours (its fields: ``interp/sweep/cells.py``). Every cell is a training of ``analyses.train`` in its own
 folder ``out/sweep/<name>/<cell>``. The same command goes on after a kill, keeps finished cells as
 they are, and tries failed ones again. A failed cell does not end the sweep: its reason is in the

@@ -1,6 +1,6 @@
 """Train a model to learn in context, by a recipe; killed at any moment, the same command goes on.
 
-``python -m analyses.train --recipe mamba-linreg`` remakes a bundled checkpoint. Flags that are
+As in ``python -m analyses.train --recipe mamba-linreg``, which remakes a bundled checkpoint. Flags that are
 given replace the recipe's fields; without ``--recipe`` they start from the defaults. The folder
 ``--out`` then holds ``model.safetensors`` (load it with ``models.load(folder)``), ``recipe.json``
 and ``metrics.jsonl``. Under ``accelerate launch`` on GPUs, or ``torchrun -m`` on CPUs, several

@@ -14,7 +14,6 @@ from torch import Tensor
 from hooks.errors import BadArgument, TooLarge, told
 from hooks.sites import axes_of
 
-
 CGROUPS = Path("/sys/fs/cgroup")
 """Where Linux shows the limits of a container, or of a job that a scheduler has started."""
 OWN_CGROUPS = Path("/proc/self/cgroup")
@@ -46,7 +45,7 @@ def allowed_memory(device: torch.device, max_memory: Any) -> int:
 def _left_to_groups() -> Iterator[int]:
     """What each control group that this process is in, and each above it, leaves of its limit."""
     try:
-        lines = OWN_CGROUPS.read_text().splitlines()
+        lines = OWN_CGROUPS.read_text(encoding="utf-8").splitlines()
     except OSError:  # no Linux, or a sandbox
         return
     for line in lines:
@@ -66,9 +65,9 @@ def _left_to_groups() -> Iterator[int]:
 def _left(group: Path, limit: str, used: str, droppable: str) -> int | None:
     """The limit less what is in use and cannot be dropped; None where there is no limit, "max", or no such group."""
     try:
-        most = int((group / limit).read_text())
-        held = int((group / used).read_text())
-        counts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        most = int((group / limit).read_text(encoding="utf-8"))
+        held = int((group / used).read_text(encoding="utf-8"))
+        counts = dict(line.split() for line in (group / "memory.stat").read_text(encoding="utf-8").splitlines())
         return max(0, most - held + int(counts.get(droppable, 0)))
     except (OSError, ValueError):
         return None

@@ -22,6 +22,8 @@ def nnsight(model: Any) -> Any:
         """NNsight with the two batching methods: rows of an input, and how inputs are joined."""
 
         def _batch_size(self, *inputs: Any, **kwargs: Any) -> int:
+            if kwargs.get("remote"):
+                raise BadArgument("remote=True: this model is here and on no server; trace(x) without it runs here")
             given = inputs[0] if inputs else kwargs.get("x")
             return 0 if given is None else int(given.shape[0])
 

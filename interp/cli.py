@@ -127,7 +127,8 @@ def say(text: str) -> None:
 def _laid_out(text: str) -> str:
     """A docstring as ``--help`` shows it: paragraphs and sections apart, a section's text beside its name.
 
-    The library joins lines that begin with a letter, whatever section they begin.
+    The library joins lines that begin with a letter, whatever section they begin, and breaks none: all but the first
+    of a block are set in.
     """
     wide, blocks = min(100, max(40, shutil.get_terminal_size().columns)), [""]
     for line in text.strip().splitlines():
@@ -138,7 +139,7 @@ def _laid_out(text: str) -> str:
     for block in filter(str.strip, blocks):
         name, gap, rest = (*re.split(r"( {2,})", block, maxsplit=1), "", "")[:3]
         head = f"{name}{gap}" if gap else ""
-        look: dict[str, Any] = {"initial_indent": head, "subsequent_indent": " " * len(head)}
+        look: dict[str, Any] = {"initial_indent": head, "subsequent_indent": " " * (len(head) or 2)}
         found.append(textwrap.fill(" ".join((rest if gap else block).split()), wide, break_on_hyphens=False, **look))
     return "\n\n".join(found)
 

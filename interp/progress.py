@@ -126,6 +126,7 @@ def _report(over: threading.Event) -> None:
         with _Line.lock:
             text = "; ".join(map(str, _Line.opened))
         try:
-            print(text, file=sys.stderr, flush=True)
+            sys.stderr.write(f"{text}\n")
+            sys.stderr.flush()
         except (OSError, ValueError):
             return

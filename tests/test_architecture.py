@@ -56,7 +56,7 @@ PICKLING_MODULES = {"pickle", "_pickle", "cloudpickle", "dill", "joblib", "marsh
 PICKLING_CALLS = {"torch.load", "torch.save"}
 PICKLING_METHODS = {"read_pickle", "to_pickle", "save_state", "load_state"}  # pandas, accelerate
 UNFINISHED = re.compile(r"\b(?:TO" + r"DO|FIX" + r"ME|XX" + r"X)\b")
-COMMAND_LINES = ("interp/cli.py", "analyses/__main__.py")
+COMMAND_LINES = ("interp/cli.py", "interp/streams.py", "analyses/__main__.py")
 MAX_LINES = 500
 MAX_NAMES = 40  # a list that fits one screen
 
@@ -260,6 +260,21 @@ def finished(source: Source) -> Iterator[str]:
             yield source.at(node, "breakpoint left in")
 
 
+def encodings(source: Source) -> Iterator[str]:
+    """A file of text is read and written as UTF-8, whatever the machine's own encoding is."""
+    if source.package not in PACKAGES:
+        return
+    for node in ast.walk(source.tree):
+        if not isinstance(node, ast.Call) or any(given.arg == "encoding" for given in node.keywords):
+            continue
+        name = dotted(node.func)
+        mode = ast.unparse(node.args[1]) if len(node.args) > 1 else ""
+        if name == "open" and "b" not in mode:
+            yield source.at(node, "opens a text without its encoding")
+        elif isinstance(node.func, ast.Attribute) and node.func.attr in ("read_text", "write_text"):
+            yield source.at(node, f"{node.func.attr} without its encoding")
+
+
 def reasons(source: Source) -> Iterator[str]:
     """A test that is skipped, or expected to fail, says why."""
     if not source.path.startswith("tests/"):
@@ -336,6 +351,7 @@ CHECKS: tuple[Check, ...] = (
     no_print,
     devices,
     finished,
+    encodings,
     reasons,
     kinds,
     short_files,
@@ -413,6 +429,8 @@ BAD: tuple[tuple[Check, str, str, str], ...] = (
     (finished, "tests/test_a.py", f"x = 1\n{UNDONE}", "tests/test_a.py:2"),
     (finished, "models/a.py", "breakpoint()", "breakpoint left in"),
     (finished, "models/a.py", "import pdb", "imports pdb"),
+    (encodings, "interp/a.py", "open(path, 'w')", "opens a text without"),
+    (encodings, "models/a.py", "x = 1\nPath(a).read_text()", "models/a.py:2: read_text without"),
     (
         reasons,
         "tests/test_a.py",
@@ -455,6 +473,8 @@ GOOD: tuple[tuple[Check, str, str], ...] = (
     (devices, "models/a.py", "self.D = nn.Parameter(torch.ones(3))"),
     (no_print, "models/a.py", "def fingerprint(x):\n    return x.print()"),
     (finished, "models/a.py", "# done"),
+    (encodings, "interp/a.py", "open(path, 'rb')\nopen(path, encoding='utf-8')\np.read_text(encoding='utf-8')"),
+    (encodings, "tests/test_a.py", "open(path)"),
     (reasons, "tests/test_a.py", "pytest.skip('needs CUDA')\npytest.importorskip('x', reason='y')"),
     (reasons, "tests/test_a.py", "@pytest.mark.skipif(True, reason='needs CUDA')\ndef test(): ..."),
     (kinds, "tests/test_a.py", "pytestmark = [pytest.mark.law]\ndef test_it(): ..."),

@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 import seaborn
-from matplotlib import cycler, style
+from cycler import cycler
+from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.transforms import BboxBase
 
 from interp.plot.outside import mark_outside
 
@@ -84,9 +84,9 @@ class HouseFigure(Figure):
         with house(self._scale):
             super().draw(renderer)
 
-    def get_tightbbox(self, *args: Any, **kwargs: Any) -> BboxBase:
+    def get_tightbbox(self, renderer: Any = None, *, bbox_extra_artists: Any = None) -> Any:
         with house(self._scale):
-            return super().get_tightbbox(*args, **kwargs)
+            return super().get_tightbbox(renderer, bbox_extra_artists=bbox_extra_artists)
 
 
 def canvas(columns: Sequence[float], height: float, width: float = 12.5) -> tuple[Figure, list[Axes]]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -342,3 +343,25 @@ def test_every_other_check_is_seen_failing(
     monkeypatch.setattr(rivals.Rival, "errors", lambda *given: 1.2 * wrong(*given))
     failed = [check.name for check in learning_curves.run(small).checks if not check.ok]
     assert sorted(name.partition(":")[0] for name in failed) == ["averaging", "ols"]
+
+
+# --- figure -----------------------------------------------------------------------------------
+
+
+@pytest.mark.planted
+def test_a_rival_far_below_every_model_is_not_drawn_on_the_floor() -> None:
+    """Ridge .028, averaging .19 and least squares 2e-15 beside a model at .42: three lines at three places."""
+    means = {"mamba": 0.42, "ridge": 0.028, "averaging": 0.19, "ols": 2e-15}
+    arrays: dict[str, Any] = {"settings": ["as trained"], "prompts": [64], "trained": [-1], "metric": "error"}
+    arrays |= {"who_0": list(means), "kind_0": ["model", *["rival"] * 3], "n_0": [64] * 4}
+    for j, mean in enumerate(means.values()):
+        arrays[f"line_0_{j}"] = np.array([np.arange(6.0), *np.outer([1.0, 0.9, 1.1], np.full(6, mean))])
+    stored = {name: np.array(value) for name, value in arrays.items()}
+    figure = learning_curves.plot(Result({"task": "linreg", "models": ["mamba"]}, pd.DataFrame(), stored))
+    panel = figure.axes[0]
+    drawn = {str(line.get_label()): set(np.asarray(line.get_ydata())) for line in panel.lines}
+    for who, mean in means.items():
+        assert drawn[who] == {mean}
+    low, high = panel.get_ylim()
+    assert low < 0.028 and low > 2e-15 and high > 0.42
+    assert [text.get_text() for text in panel.texts] == ["below: ols 2e-15"]

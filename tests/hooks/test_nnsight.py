@@ -375,3 +375,12 @@ def test_language_models_trace_on_integers(make: Callable[..., Any]) -> None:
         with tracer.invoke(tokens[1:]):
             second = wrapped.output.save()
     torch.testing.assert_close(torch.cat([first, second]), model(tokens))
+
+
+@pytest.mark.edit
+def test_a_trace_on_a_server_is_refused_in_a_line(make: Callable[..., Any], x: Tensor) -> None:
+    wrapped = hooks.nnsight(make("mamba", n_layers=1))
+    with pytest.raises(hooks.BadArgument, match="remote=True") as refused:
+        with wrapped.trace(x, remote=True):
+            wrapped.output.save()
+    assert "\n" not in str(refused.value)

@@ -7,11 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from hooks.errors import BadArgument
 from interp import tasks
 from interp.ablation import effects
-from interp.arguments import known_options, one_of, several, whole_number
+from interp.arguments import known_options, one_of, several, usable_device, whole_number
 from interp.curves import errors as curves
 from interp.curves import rivals
 
@@ -83,3 +84,14 @@ def test_one_text_is_taken_by_what_walks_over_names() -> None:
     assert [one.name for one in curves.settings(task, "label_noise", 1, 8)[0]] == ["as trained", "label_noise"]
     assert curves.settings(task, "none", 1, 8)[0][1:] == []
     assert effects.modes_of("x", (0.5,))[-2:] == ["freeze:x", "scale×0.5"]
+
+
+def test_a_device_that_is_not_there_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for built, why in ((None, "is built without CUDA"), ("12.8", "finds no GPU")):
+        monkeypatch.setattr(torch.version, "cuda", built)
+        for name in ("cuda", "cuda:1"):
+            with pytest.raises(BadArgument, match=f'"{name}".*{why}.*cpu') as refused:
+                usable_device(name)
+            assert "\n" not in str(refused.value)
+    assert usable_device("cpu") == torch.device("cpu")

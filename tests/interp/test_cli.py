@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -127,6 +128,24 @@ def test_help_shows_every_field_and_exits_0(capsys: pytest.CaptureFixture[str]) 
     assert "python -m analyses.example" in text
 
 
+@pytest.mark.parametrize("name", list(listing.questions()))
+def test_help_has_its_sections_apart_on_lines_that_fit(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    assert cli.main(importlib.import_module(f"analyses.{name}"), ["--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 100
+    for section in ("Estimand", "Controls", "Not shown", "Cost"):
+        (at,) = (i for i, line in enumerate(lines) if re.match(rf"{section}  +\S", line))
+        assert lines[at - 1] == "" and lines[at - 2] != "", section
+        rest = lines[at + 1 : lines.index("", at)]
+        assert all(line.startswith(" " * 11) and line[11] != " " for line in rest), section
+    assert (
+        listing.questions()[name][0].split() == " ".join(lines[2:]).split()[: len(listing.questions()[name][0].split())]
+    )
+
+
 @pytest.mark.parametrize(
     ("error", "code", "said"),
     [
@@ -232,6 +251,15 @@ def test_a_reader_that_has_gone_is_no_error() -> None:
     os.close(write)
     _, err = process.communicate(timeout=300)
     assert (process.returncode, err) == (0, "")
+
+
+@pytest.mark.parametrize("command", [["analyses"], ["analyses.attribute_outliers", "--help"]])
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_every_letter_can_be_printed_in_every_encoding(command: list[str], encoding: str) -> None:
+    process = started("-m", *command, env={**os.environ, "PYTHONIOENCODING": encoding}, encoding=encoding)
+    out, err = process.communicate(timeout=300)
+    assert (process.returncode, err) == (0, "")
+    assert "?" in out and "attribute_outliers" in out
 
 
 PREPARED = """

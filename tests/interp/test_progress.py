@@ -31,7 +31,7 @@ class Terminal(io.StringIO):
 
 @pytest.fixture
 def stream(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A function that puts a stream in the place of stderr, with progress as in a session, and times that fit a test."""
+    """A function that puts a stream in the place of stderr, with progress as in a session, and short times."""
     monkeypatch.delenv("TQDM_DISABLE")
     monkeypatch.setattr(shown, "DELAY", 0.05)
     monkeypatch.setattr(shown, "EVERY", 0.05)
