@@ -102,13 +102,17 @@ def run(config: Config) -> Result:
     import models
     from interp import evaluate, provenance
     from interp.ablation.effects import cells_of
+    from interp.arguments import between, whole_number
     from interp.progress import progress
     from interp.result import Result
     from interp.variance import shares
 
+    count, other_count = (QUICK, QUICK) if config.quick else (config.prompts, config.reference)
+    whole_number("prompts", count, least=2)  # resample takes another prompt's step
+    whole_number("reference", other_count, least=2)
+    between("channel_share", config.channel_share, 1e-6, 1.0)
     name = config.model or f"mamba-{config.task}"
     model, task = _open(name, config)
-    count, other_count = (QUICK, QUICK) if config.quick else (config.prompts, config.reference)
     batch = evaluate.prompts(task, count, config.seed, "ablate")
     others = evaluate.prompts(task, other_count, config.seed, "reference")
     subject = _subject(name, model, task, batch, others)

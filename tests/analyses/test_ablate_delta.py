@@ -130,6 +130,8 @@ def test_the_change_is_that_of_a_run_made_by_hand(result: Result, config: ablate
         ({"task_config": ("d=7",)}, "reads tokens of 2 numbers and this task has 7"),
         ({"task_config": ("d",)}, "takes name=value"),
         ({"channel_share": 0.0}, "channel_share"),
+        ({"prompts": 1}, "prompts=1"),
+        ({"reference": 1}, "reference=1"),
     ],
 )
 def test_wrong_arguments_are_one_line(config: ablate_delta.Config, flags: dict[str, object], message: str) -> None:

@@ -89,7 +89,7 @@ def test_the_table_holds_every_part_with_interval_and_n(result: Result) -> None:
     assert set(curve.alpha) == {0.0, 0.5, 1.0}
     assert set(curve.model) >= {name, GATED, analysis.PLAIN, "vote", "clean_vote", "chance"}
     assert set(rows(result, part="placement").condition) == {"far", "random", "close"}
-    for layer in ("0", "1"):
+    for layer in (0, 1):
         for group in ("outlier, same pattern", "outlier, other pattern"):
             split = rows(result, part="split", layer=layer, group=group).set_index("quantity").value
             factors = [*outlier_factors.FACTORS, "what follows"]

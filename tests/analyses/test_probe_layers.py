@@ -65,9 +65,9 @@ def test_the_table_has_every_part_with_interval_and_n(result: Result) -> None:
             assert set(rows.setting) == {"", "shuffled"} | (set() if features == "running sum" else {"untrained"})
     families = set(table[table.part == "match"].what)
     assert {"GD", "GD++", "Newton", "online GD", "ridge", "least squares", "k-NN", "averaging", "zero"} <= families
-    assert {"8", "17"} <= set(table[table.part == "map"].k)
+    assert {8, 17} <= set(table[table.part == "map"].k)
     late = table[(table.part == "match") & table.k.notna()]
-    assert set(late.k) == {"3", "6", "8"} and set(late.block) == set(range(BLOCKS + 1))
+    assert set(late.k) == {3, 6, 8} and set(late.block) == set(range(BLOCKS + 1))
     assert sum(late.what.str.startswith("nearest: ")) == 3 * (BLOCKS + 1)
     assert result.ok, [check for check in result.checks if not check.ok]
     assert len(result.checks) >= 8 and result.provenance["notes"] == []
