@@ -7,12 +7,11 @@ analysis does not hide the others.
 from __future__ import annotations
 
 import ast
-import os
 import re
 import sys
 from pathlib import Path
 
-from interp.streams import take_every_letter
+from interp import streams
 
 HERE = Path(__file__).resolve().parent
 
@@ -42,19 +41,21 @@ def listing(found: dict[str, tuple[str, str]]) -> str:
 
 
 def main(argv: list[str]) -> int:
-    take_every_letter()
+    streams.open_closed()
+    streams.take_every_letter()
     found = questions()
     if argv and argv != ["--help"] and argv != ["-h"]:
         name = argv[0]
         try_this = f"python -m analyses.{name}" if name in found else "python -m analyses.NAME"
         have = ", ".join(found)
         line = f'error: asked for "{" ".join(argv)}"; there is: {have}; try {try_this} --help'
-        print(line, file=sys.stderr)
+        streams.complain(line)
         return 2
     try:
-        print(listing(found), flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        streams.say(listing(found))
+    except OSError as error:
+        streams.complain(f"error: {error.strerror}; free some space or print elsewhere")
+        return 1
     return 0
 
 

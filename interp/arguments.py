@@ -5,15 +5,17 @@ from __future__ import annotations
 import inspect
 import json
 import math
+import sys
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
 
-from hooks.errors import BadArgument, unknown
+from hooks.errors import BadArgument, told, unknown
 
 Made = TypeVar("Made")
 T = TypeVar("T")
+LONGEST = 2**31 - 1
 
 
 def known_options(kind: str, function: Callable[..., Any], config: Mapping[str, Any]) -> None:
@@ -50,14 +52,15 @@ def chosen(
 def whole_number(name: str, value: object, least: int, most: int | None = None) -> int:
     """``value``, if it is an int in ``least … most``; else ``BadArgument`` says which range.
 
+    No tensor has an axis longer than 2³¹ - 1 that a computer could hold: that is the most where none is given.
+
     A bool is refused although Python counts it as an int: ``d=True`` is a slip, not one dimension.
     """
-    inside = (
-        isinstance(value, int) and not isinstance(value, bool) and value >= least and (most is None or value <= most)
-    )
-    if not inside:
-        bound = f"at least {least}" if most is None else f"from {least} to {most}"
-        raise BadArgument(f"{name}={value!r} does not work; give a whole number, {bound}")
+    top = LONGEST if most is None else most
+    if not (isinstance(value, int) and not isinstance(value, bool) and least <= value <= top):
+        large = isinstance(value, int) and value > top
+        bound = f"at least {least}" if most is None and not large else f"from {least} to {top}"
+        raise BadArgument(f"{name}={told(value)} does not work; give a whole number, {bound}")
     assert isinstance(value, int)
     return value
 
@@ -65,9 +68,10 @@ def whole_number(name: str, value: object, least: int, most: int | None = None) 
 def between(name: str, value: object, low: float, high: float = math.inf, hint: str = "") -> float:
     """``value`` as a float, if it is a finite number in ``low … high``; else ``BadArgument`` says which range."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not (number and math.isfinite(value) and low <= value <= high):  # type: ignore[arg-type, operator]
+    # Compared before it is made a float: a whole number may be too large to be one.
+    if not (number and low <= value <= min(high, sys.float_info.max)):  # type: ignore[operator]
         bound = f"of at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
-        raise BadArgument(f"{name}={value!r} does not work; give a number {bound}{hint}")
+        raise BadArgument(f"{name}={told(value)} does not work; give a number {bound}{hint}")
     return float(value)  # type: ignore[arg-type]
 
 

@@ -24,19 +24,21 @@ import io
 import os
 import re
 import shutil
+import signal
 import sys
 import textwrap
+import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from types import ModuleType
+from types import FrameType, ModuleType
 from typing import Any, Protocol, TypeVar
 
 import tyro
 
+from interp import streams
 from interp.heap import keep_freed_memory, look_for_cycles_seldom
-from interp.streams import take_every_letter
 
 DONE, FAILED, WRONG = 0, 1, 2
 SHORT_WAIT = ("GOMP_SPINCOUNT", "10000")
@@ -74,34 +76,78 @@ def listed(config: Any) -> None:
 def main(module: ModuleType, argv: Sequence[str] | None = None) -> int:
     """Run the command ``module`` on ``argv`` (the process's own arguments by default).
 
-    Returns the exit code. Reads ``config.out`` and ``config.json`` where the command has them.
+    Returns the exit code. Reads ``config.out`` and ``config.json`` where the command has them: the folder is tried
+    before ``run``, and where the result cannot be written in the end it is printed.
     """
-    take_every_letter()
+    streams.open_closed()
+    streams.take_every_letter()
+    try:
+        with _sigterm_as_ctrl_c():
+            return streams.flushed(_run(module, argv))
+    except BaseException as error:
+        code, line = explain(error)
+        if os.environ.get("MAMBASCOPE_TRACEBACK") == "1" and not isinstance(error, _Usage):
+            traceback.print_exc()
+        streams.complain(line)
+        return streams.flushed(code)
+
+
+def _run(module: ModuleType, argv: Sequence[str] | None) -> int:
     try:
         config = parse(module.Config, argv, prog=_prog(module), description=module.__doc__ or "")
         keep_freed_memory()
         look_for_cycles_seldom()
         os.environ.setdefault(*SHORT_WAIT)
+        out = getattr(config, "out", None) or Path("out")
+        if hasattr(module, "plot"):
+            _try(out / _name(module))
         report: Report = module.run(config)
         said = no_figure = ""
         if hasattr(module, "plot"):
-            report, said, no_figure = _saved(module, report, getattr(config, "out", None) or Path("out"))
+            try:
+                report, said, no_figure = _saved(module, report, out)
+            except Exception:
+                _print(report.to_json())
+                raise
         _print(report.to_json() if getattr(config, "json", False) else f"{said}{report.summary()}")
         if no_figure:
-            print(no_figure, file=sys.stderr, flush=True)
+            streams.complain(no_figure)
             return FAILED
         if hasattr(module, "verdict") and (wrong := module.verdict(report)):
-            print(f"error: {wrong}", file=sys.stderr, flush=True)
+            streams.complain(f"error: {wrong}")
             return FAILED
     except SystemExit as done:  # --help
         return done.code if isinstance(done.code, int) else DONE
-    except BaseException as error:
-        code, line = explain(error)
-        if os.environ.get("MAMBASCOPE_TRACEBACK") == "1" and not isinstance(error, _Usage):
-            traceback.print_exc()
-        print(line, file=sys.stderr, flush=True)
-        return code
     return DONE
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, which a scheduler sends before it kills: it ends a command as Ctrl-C does."""
+
+
+@contextlib.contextmanager
+def _sigterm_as_ctrl_c() -> Iterator[None]:
+    """Inside the block SIGTERM is an exception, unless it is ignored, or somebody else's, or this is a thread."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise _Terminated
+
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _try(folder: Path) -> None:
+    """Nothing, where ``folder`` can be written, or made where the first of its parents is that there is."""
+    from interp.files import writable_folder
+
+    writable_folder(next(each for each in (folder, *folder.parents) if os.path.lexists(each)))
 
 
 def parse(config: type[ConfigT], argv: Sequence[str] | None, *, prog: str, description: str = "") -> ConfigT:
@@ -113,6 +159,9 @@ def parse(config: type[ConfigT], argv: Sequence[str] | None, *, prog: str, descr
     try:
         with contextlib.redirect_stderr(said):
             return tyro.cli(config, args=argv, prog=prog, description=_laid_out(description))
+    except OSError as error:  # of printing the help
+        streams.unprinted(error)
+        raise SystemExit(DONE) from None
     except SystemExit as stop:
         if stop.code in (None, 0):
             raise
@@ -121,7 +170,7 @@ def parse(config: type[ConfigT], argv: Sequence[str] | None, *, prog: str, descr
 
 def say(text: str) -> None:
     """A line on stderr, where progress is told."""
-    print(text, file=sys.stderr, flush=True)
+    streams.complain(text)
 
 
 def _laid_out(text: str) -> str:
@@ -149,8 +198,9 @@ def explain(error: BaseException) -> tuple[int, str]:
     if isinstance(error, _Usage):
         return WRONG, f"error: {error}"
     if isinstance(error, KeyboardInterrupt):
+        by = "SIGTERM" if isinstance(error, _Terminated) else "Ctrl-C"
         return FAILED, (
-            "stopped by Ctrl-C; nothing is half-written, and the same command starts again "
+            f"stopped by {by}; nothing is half-written, and the same command starts again "
             "(a training goes on from its last checkpoint)"
         )
     text = " ".join(str(error).split()) or type(error).__name__
@@ -214,13 +264,10 @@ def _prog(module: ModuleType) -> str:
 
 def _print(text: str) -> None:
     """``text`` on stdout, once for all processes; quiet when the reader (``| head``) has gone."""
-    if os.environ.get("RANK", "0") != "0":
+    rank = os.environ.get("RANK", "0")
+    if rank.isdigit() and int(rank) > 0:
         return
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        # Python flushes stdout once more on exit and would complain there.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    streams.say(text)
 
 
 def _one_line(box: str, prog: str) -> str:

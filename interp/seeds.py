@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hooks.errors import BadArgument
+from hooks.errors import BadArgument, told
 
 PROMPTS = ("train", "validation", "evaluate", "reference", "probe", "ablate")
 """Purposes that draw prompts. Append only: the place in this tuple is part of the stream's seed."""
@@ -32,8 +32,9 @@ def number(purpose: str, seed: int, *index: int) -> int:
     the seeds. Within one purpose two streams meet with probability 2**-28: two steps of a long
     training may see the same batch, which does no harm.
     """
-    if seed < 0:
-        raise BadArgument(f"seed={seed} does not work; give a whole number, at least 0")
+    if not 0 <= seed < 1 << 63:
+        bound = "at least 0" if seed < 0 else f"from 0 to {(1 << 63) - 1}"
+        raise BadArgument(f"seed={told(seed)} does not work; give a whole number, {bound}")
     named = json.dumps([purpose, int(seed), *(int(i) for i in index)])
     digest = int.from_bytes(hashlib.blake2b(named.encode(), digest_size=8).digest(), "little")
     if purpose in PROMPTS:

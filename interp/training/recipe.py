@@ -14,10 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hooks.errors import BadArgument, unknown
+from hooks.errors import BadArgument, told, unknown
 from interp.files import strict_json
 
 PRECISIONS = ("fp32", "bf16")
+MOST = 2**31 - 1
 RATES: Mapping[str, tuple[float, ...]] = {
     "mamba": (3e-3, 6e-3, 1.2e-2),
     "linear_attention": (1.5e-3, 3e-3, 6e-3),
@@ -130,8 +131,8 @@ class TrainConfig:
 
 
 def _whole(name: str, value: Any, least: int = 1) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise BadArgument(f"{name} is {value!r}; it must be a whole number from {least} up")
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= MOST:
+        raise BadArgument(f"{name} is {told(value)}; it must be a whole number from {least} to {MOST}")
 
 
 def _mixed(entry: Any, task: str) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import platform
 import shutil
 from collections.abc import Callable, Sequence
@@ -30,7 +31,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from hooks.brief import brief
-from hooks.errors import BadArgument, NonFinite, RunFailed
+from hooks.errors import BadArgument, NonFinite, RunFailed, told
 from interp import evaluate, tasks
 from interp.arguments import usable_device
 from interp.curves import rivals
@@ -46,6 +47,8 @@ from interp.training.recipe import TrainConfig
 __all__ = ["TrainConfig", "Trained", "train"]
 
 EVALUATION_PROMPTS = 1280
+LAUNCHER = ("WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
+"""What accelerate launch and torchrun put into the environment: numbers, all of them."""
 CHECKPOINT = "model.safetensors"
 Save = Callable[[nn.Module, Path, dict[str, Any]], None]
 
@@ -185,7 +188,18 @@ def _accelerator(config: TrainConfig, device: str) -> Accelerator:
     wanted = usable_device(device)
     mixed = "bf16" if config.precision == "bf16" else "no"
     threads = torch.get_num_threads()
-    accelerator = Accelerator(cpu=wanted.type == "cpu", mixed_precision=mixed)
+    said = {name: value for name in LAUNCHER if (value := os.environ.get(name)) is not None}
+    for name, value in said.items():
+        if not value.strip().removeprefix("-").isdecimal():
+            raise BadArgument(f"the environment says {name}={told(value)}, which is no whole number; unset {name}")
+    try:
+        accelerator = Accelerator(cpu=wanted.type == "cpu", mixed_precision=mixed)
+    except ValueError as error:
+        if not said:
+            raise
+        reason = " ".join(str(error).split())[:200]
+        shown = ", ".join(f"{name}={value}" for name, value in said.items())
+        raise BadArgument(f"the environment asks for a part in several processes ({shown}): {reason}") from error
     torch.set_num_threads(threads)  # with several processes accelerate chooses another number
     if accelerator.device.type != wanted.type:
         raise BadArgument(

@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from hooks.errors import BadArgument
-from interp import tasks
+from interp import seeds, tasks
 from interp.ablation import effects
-from interp.arguments import known_options, one_of, several, usable_device, whole_number
+from interp.arguments import between, known_options, one_of, several, usable_device, whole_number
 from interp.curves import errors as curves
 from interp.curves import rivals
+from interp.training.recipe import TrainConfig
 
 pytestmark = pytest.mark.contract
 
@@ -34,6 +35,47 @@ def test_what_is_no_number_of_things_is_refused(value: object, least: int, most:
 def test_a_whole_number_in_range_is_given_back() -> None:
     assert [whole_number("d", value, 1, 3) for value in (1, 2, 3)] == [1, 2, 3]
     assert whole_number("d", 10**6, 1) == 10**6
+
+
+HUGE = 999999999999999999999999999999
+
+
+@pytest.mark.parametrize("value", [HUGE, int("9" * 4200), 2**31])
+def test_more_than_any_tensor_holds_is_refused_in_a_short_line(value: int) -> None:
+    with pytest.raises(BadArgument, match=r"d=\d.* does not work; give a whole number, from 1 to 2147483647") as refused:
+        whole_number("d", value, 1)
+    assert len(str(refused.value)) < 150
+    assert whole_number("d", 2**31 - 1, 1) == 2**31 - 1
+
+
+@pytest.mark.parametrize("value", [10**400, float("nan"), float("inf"), -1, True, "1"])
+def test_what_is_no_number_between_is_refused(value: object) -> None:
+    with pytest.raises(BadArgument, match=r"noise=.* does not work; give a number of at least 0") as refused:
+        between("noise", value, 0.0)
+    assert len(str(refused.value)) < 150
+    assert between("noise", 10**300, 0.0) == 1e300
+
+
+@pytest.mark.parametrize("name", tasks.names())
+def test_every_number_of_every_task_refuses_what_is_too_large(name: str) -> None:
+    config = tasks.build(name).config
+    whole = [key for key, value in config.items() if isinstance(value, int) and not isinstance(value, bool)]
+    assert whole
+    for key in whole:
+        with pytest.raises(BadArgument):
+            tasks.build(name, **{key: HUGE})
+
+
+@pytest.mark.parametrize("seed", [-1, HUGE])
+def test_a_seed_that_no_generator_takes_is_refused(seed: int) -> None:
+    with pytest.raises(BadArgument, match="seed=.* does not work"):
+        seeds.number("probe", seed)
+    assert seeds.number("probe", 2**63 - 1) >= 0
+
+
+def test_a_recipe_refuses_more_steps_than_it_could_take() -> None:
+    with pytest.raises(BadArgument, match=f"steps is {HUGE}; it must be a whole number from 1 to 2147483647"):
+        TrainConfig("linreg", "mamba", steps=HUGE)
 
 
 def test_one_of_names_the_nearest() -> None:

@@ -308,15 +308,126 @@ raise SystemExit(cli.main(module, []))
 """
 
 
-def test_ctrl_c_is_one_line_and_exit_1() -> None:
+@pytest.mark.parametrize(("number", "name"), [(signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM")])
+def test_ctrl_c_and_sigterm_are_one_line_and_exit_1(number: int, name: str) -> None:
     process = started("-c", INTERRUPTED)
     assert process.stdout is not None
     assert process.stdout.readline() == "running\n"
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     out, err = process.communicate(timeout=300)
     assert (process.returncode, out) == (1, "")
     assert err.count("\n") == 1
-    assert "Ctrl-C" in err
+    assert f"stopped by {name}; nothing is half-written" in err
+
+
+def test_sigterm_in_the_middle_of_saving_leaves_nothing_behind(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def half(figure: Figure, path: Path) -> None:
+        path.write_bytes(b"half")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("interp.plot.svg", half)
+    before = signal.getsignal(signal.SIGTERM)
+    assert cli.main(command(result, drawn), ["--out", str(tmp_path)]) == 1
+    assert os.listdir(tmp_path / "example") == []
+    assert "SIGTERM" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_handler_of_the_caller_stays(capsys: pytest.CaptureFixture[str]) -> None:
+    heard: list[int] = []
+
+    def run(config: Config) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return result(config)
+
+    before = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
+    try:
+        assert cli.main(command(run), []) == 0
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert heard == [signal.SIGTERM]
+
+
+# --- where the result goes --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("out", ["file", "file/below", "dangling"])
+def test_out_is_tried_before_the_work(out: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+
+    def run(config: Config) -> Any:
+        raise AssertionError("the work was begun")
+
+    assert cli.main(command(run, drawn), ["--out", str(tmp_path / out)]) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.count("\n") == 1 and "--out" in said.err
+    assert sorted(os.listdir(tmp_path)) == ["dangling", "file"]
+
+
+def test_trying_out_makes_nothing(tmp_path: Path) -> None:
+    def run(config: Config) -> Any:
+        assert os.listdir(tmp_path) == []
+        raise BadArgument("no task is called x")
+
+    assert cli.main(command(run, drawn), ["--out", str(tmp_path / "a" / "b")]) == 2
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("flags", [[], ["--json"]])
+def test_a_result_that_cannot_be_written_is_printed(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert cli.main(command(result, drawn), ["--out", str(tmp_path), *flags]) == 1
+    said = capsys.readouterr()
+    assert [row["error"] for row in json.loads(said.out)["table"]] == [0.25, None]
+    assert said.err.count("\n") == 1 and "No space left" in said.err
+
+
+# --- standard streams -------------------------------------------------------------------------
+
+SHELL = 'exec "$0" "$@"'
+
+
+@pytest.mark.parametrize(
+    ("arguments", "streams", "code", "says"),
+    [
+        (("-m", "analyses"), ">&-", 0, ""),
+        (("-m", "analyses"), ">/dev/full", 1, "could not print: No space left on device"),
+        (("-m", "analyses", "nothing"), "2>/dev/full", 2, ""),
+        (("-m", "analyses", "nothing"), "2>&-", 2, ""),
+        (("-m", "analyses.ablate_delta", "--help"), ">&-", 0, ""),
+        (("-m", "analyses.ablate_delta", "--help"), ">&- <&- 2>&-", 0, ""),
+        (("-m", "analyses.ablate_delta", "--help"), ">/dev/full", 1, "could not print: No space left on device"),
+        (("-m", "analyses.ablate_delta", "--hlep"), "2>&-", 2, ""),
+        (("-m", "analyses.ablate_delta", "--hlep"), "2>/dev/full", 2, ""),
+        (("-c", INTERRUPTED.replace("time.sleep(60)", "raise ValueError")), ">/dev/full", 1, "No space left"),
+    ],
+)
+def test_closed_and_full_streams_are_one_line_at_most(
+    arguments: tuple[str, ...], streams: str, code: int, says: str
+) -> None:
+    run = subprocess.run(
+        ["sh", "-c", f"{SHELL} {streams}", sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True
+    )
+    assert run.returncode == code, run.stderr
+    assert run.stderr.count("\n") == bool(says) and says in run.stderr
+
+
+def test_a_file_of_ours_is_not_given_the_number_of_a_closed_stream(tmp_path: Path) -> None:
+    """What a library prints to number 1 would else be in the middle of it."""
+    code = (
+        "import os; from interp import streams; streams.open_closed(); "
+        f"file = open({str(tmp_path / 'numbers')!r}, 'w'); os.write(1, b'said'); print('said'); file.close()"
+    )
+    subprocess.run(["sh", "-c", f"{SHELL} >&-", sys.executable, "-c", code], cwd=ROOT, check=True)
+    assert (tmp_path / "numbers").read_text() == ""
 
 
 # --- the list of questions --------------------------------------------------------------------
