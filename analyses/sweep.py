@@ -106,10 +106,11 @@ def run(config: Config) -> Result:
         },
     )
     if failed:
-        saved = cli.saved(sys.modules[__name__], result, config.out)
+        # Without one finished cell there is nothing to draw.
+        saved = cli.saved(sys.modules[__name__], result, config.out) if done else result.save(config.out, analysis="sweep")
         reasons = "; ".join(f"{name}: {reason}" for name, reason in failed.items())
         raise RunFailed(
-            f"{len(failed)} of {len(of.cells)} cells failed ({reasons}); the table of the others is in {saved.folder}, "
+            f"{len(failed)} of {len(of.cells)} cells failed ({reasons}); the table of all is in {saved.folder}, "
             f"what a failed one said in {folder / 'logs'}; the same command tries it again"
         )
     return result

@@ -112,8 +112,8 @@ class Result:
         ``figures`` are drawn once the numbers are on the disk (:meth:`illustrate`).
         """
         config = self.config
-        models = config.get("model") or "+".join(map(str, config.get("models") or ["none"]))
-        name = f"{_slug(config.get('task', 'none'))}-{_slug(models)}-{self.digest}"
+        models = [config["model"]] if config.get("model") else config.get("models") or ["none"]
+        name = f"{_slug(config.get('task', 'none'))}-{'+'.join(map(_slug, models))[:60]}-{self.digest}"
         final = Path(out) / analysis / name
         with whole_folder(final) as folder:
             write_whole(folder / "result.json", self.to_json() + "\n")

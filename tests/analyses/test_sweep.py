@@ -251,6 +251,25 @@ def test_a_failed_cell_does_not_end_the_sweep_and_is_named_at_the_end(
 
 
 @pytest.mark.contract
+def test_where_every_cell_fails_each_reason_is_said_and_nothing_is_drawn(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lost(jobs: Sequence[Job], workers: int, tick: Callable[[], Any]) -> dict[str, Outcome]:
+        return {job.name: Outcome(job.name, f"the disk of {job.name} is full", 1) for job in jobs}
+
+    monkeypatch.setattr(sweep_local, "run", lost)
+    assert cli.main(command, [str(written(tmp_path)), "--out", str(tmp_path)]) == 1  # type: ignore[arg-type]
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    for name in ("mamba-two", "s4d-two"):
+        assert f"{name}: the disk of {name} is full" in err
+    assert "2 of 2 cells failed" in err and "mistake in the program" not in err
+    (saved,) = (tmp_path / "sweep").glob("tiny-*")
+    assert sorted(os.listdir(saved)) == ["arrays.npz", "result.json", "table.csv"]
+    assert list(Result.load(saved).table["failed"]) == [f"the disk of {name} is full" for name in ("mamba-two", "s4d-two")]
+
+
+@pytest.mark.contract
 @pytest.mark.parametrize(
     ("text", "argv", "said"),
     [

@@ -229,3 +229,23 @@ def test_ctrl_c_on_the_real_command_is_one_line_and_exit_1(tmp_path: Path) -> No
     left = [name for name in os.listdir(tmp_path) if name.startswith(".")]
     assert left == []
     assert resume.read(tmp_path / "resume" / "state.safetensors").progress["step"] > 0
+
+
+@pytest.mark.contract
+def test_attached_to_a_closed_standard_input_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(BadArgument, match="--attached stops when standard input ends, and it is closed"):
+        command.run(config(*SMALL, "--attached", "--out", str(tmp_path)))
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.contract
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"])
+@pytest.mark.parametrize("value", ["x", "", "1.5"])
+def test_a_launcher_s_environment_that_is_no_number_is_one_line(
+    name: str, value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(name, value)
+    assert cli.main(command, [*SMALL, "--steps", "1", "--out", str(tmp_path)]) == 2  # type: ignore[arg-type]
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and f"{name}={value!r}" in err and f"unset {name}" in err

@@ -119,6 +119,24 @@ def test_the_name_depends_on_config_seed_weights_and_commit() -> None:
 
 
 @pytest.mark.contract
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        ({"models": ["out/a", "out/b", "/tmp/c"]}, "linreg-a+b+c-"),
+        ({"models": ["mamba-linreg", "out/b"]}, "linreg-mamba-linreg+b-"),
+        ({"model": "out/a", "models": ["out/b"]}, "linreg-a-"),
+        ({"models": []}, "linreg-none-"),
+        ({}, "linreg-none-"),
+        ({"models": [f"run{i:03}" for i in range(100)]}, "linreg-run000+"),
+    ],
+)
+def test_a_folder_is_named_after_every_model(config: dict[str, Any], named: str, tmp_path: Path) -> None:
+    saved = Result({"task": "linreg", **config}, pd.DataFrame({"k": [1]})).save(tmp_path, analysis="a").folder
+    assert saved is not None
+    assert saved.name.startswith(named) and len(saved.name) < 100
+
+
+@pytest.mark.contract
 def test_an_identical_run_replaces_the_folder_whole(tmp_path: Path) -> None:
     first = make().save(tmp_path, analysis="a", figures={"old.svg": b"old"}).folder
     second = make().save(tmp_path, analysis="a", figures={"new.svg": b"new"}).folder
