@@ -82,21 +82,21 @@ def _indices(chosen: Index, size: int, what: str, site: str) -> Tensor:
         try:
             found = torch.as_tensor(chosen, device="cpu").reshape(-1)
         except (TypeError, ValueError, RuntimeError) as error:
-            raise BadArgument(f"{what}={chosen!r} for {site}: give integers, a slice or a mask") from error
+            raise BadArgument(f"{what}={told(chosen)} for {site}: give integers, a slice or a mask") from error
         if len(found) and (found.is_floating_point() or found.is_complex()):
-            raise BadArgument(f"{what}={chosen} for {site}: indices are integers or a mask")
+            raise BadArgument(f"{what}={told(chosen)} for {site}: indices are integers or a mask")
         if found.dtype == torch.bool:
             if len(found) != size:
                 raise BadArgument(f"{what}: a mask of {len(found)} entries for {site}, which has {size}")
             found = found.nonzero().reshape(-1)
         found = found.long()
         if len(found) and (int(found.max()) >= size or int(found.min()) < -size):
-            raise BadArgument(f"{what}={chosen} is outside {site}, which has {size}")
+            raise BadArgument(f"{what}={told(chosen)} is outside {site}, which has {size}")
         found = found % size if size else found
     if len(found) == 0:
-        raise BadArgument(f"{what}={chosen} picks nothing of the {size} at {site}: nothing would be edited")
+        raise BadArgument(f"{what}={told(chosen)} picks nothing of the {size} at {site}: nothing would be edited")
     if len(found.unique()) < len(found):
-        raise BadArgument(f"{what}={chosen} picks the same entry of {site} twice")
+        raise BadArgument(f"{what}={told(chosen)} picks the same entry of {site} twice")
     return found
 
 
@@ -131,11 +131,23 @@ def region_of(values: Tensor, pos: Index, channels: Index, site: str) -> Tensor:
 def _affine_edit(
     label: str, m: float | Tensor, c: float | Tensor, pos: Index, channels: Index, given: object = None
 ) -> Edit:
+    m, c = (_numbers(part, label) for part in (m, c))
+
     def change(region: Tensor, whole: Tensor, site: str) -> Tensor:
         return affine_map(region, m, c)
 
     words = "" if given is None else told(given)
     return Edit(label, change, lambda site, shape: (m, c), pos, channels, given=words)
+
+
+def _numbers(value: Any, label: str) -> float | Tensor:
+    """``value``, if it is a number or a tensor or can be made one; else :class:`BadArgument`."""
+    if isinstance(value, int | float | Tensor):
+        return value
+    try:
+        return torch.as_tensor(value, device="cpu")
+    except (TypeError, ValueError, RuntimeError):
+        raise BadArgument(f"{label} takes a number or a tensor, not {told(value)}") from None
 
 
 def affine_map(values: Tensor, m: float | Tensor, c: float | Tensor) -> Tensor:
@@ -196,17 +208,21 @@ def mean(
     gradient. Raises :class:`BadArgument` for an unknown axis, missing or needless kinds, a reference of another length
     where positions are kept, and means over one value each, which would change nothing.
     """
-    axes = (over,) if isinstance(over, str) else tuple(over)
     known = ("batch", "pos", "kind", "channel")
+    axes = (over,) if isinstance(over, str) else over if isinstance(over, list | tuple | set) else (None,)
     for axis in axes:
-        if axis not in known:
-            raise BadArgument(f'mean(over="{axis}"): an axis is one of {", ".join(known)}')
+        if not isinstance(axis, str) or axis not in known:
+            wrong = told(over if axis is None else axis)
+            raise BadArgument(f"mean(over={wrong}): an axis is one of {', '.join(known)}")
+    axes = tuple(axes)
     if not axes:
         raise BadArgument(f"mean(over=()) is the value itself: name one of {', '.join(known)}")
     if ("kind" in axes) != (kinds is not None) or {"pos", "kind"} <= set(axes):
         raise BadArgument('mean(over="kind") needs kinds=, one integer for each position, and excludes "pos"')
-    kind_index = None if kinds is None else torch.as_tensor(kinds, device="cpu").reshape(-1).long()
     label = f"mean(over={axes})"
+    kind_index = None if kinds is None else torch.as_tensor(_numbers(kinds, "kinds="), device="cpu").reshape(-1).long()
+    if not (reference is None or isinstance(reference, Tensor | Mapping)):
+        raise BadArgument(f"{label}: reference is prompts or a record of them, not {told(reference)}")
 
     def averaged(whole: Tensor, site: str) -> Tensor:
         at, columns = _axes(site)
@@ -280,7 +296,10 @@ def resample(
     of other prompts, in this batch's shape. Raises :class:`BadArgument` for a batch of one, or a source of another
     shape.
     """
-
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise BadArgument(f"resample(seed={told(seed)}): give a whole number")
+    if not (source is None or isinstance(source, Mapping)):
+        raise BadArgument(f"resample(source=…) is a record of other prompts, not {told(source)}")
     if source is None:
 
         def permute(region: Tensor, whole: Tensor, site: str) -> Tensor:
@@ -346,6 +365,8 @@ class DoState:
     def as_patterns(self) -> dict[str, Edit]:
         """The same as ``{pattern: edit}``."""
         layers = list(self.layer) if isinstance(self.layer, Sequence) else [self.layer]
+        if not all(isinstance(layer, int) for layer in layers):
+            raise BadArgument(f"do_state(layer={told(self.layer)}): give the number of a layer, or several")
         return {f"blocks.{layer}.mixer.hook_state": self.edit for layer in layers}
 
 

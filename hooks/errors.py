@@ -5,9 +5,16 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping
 
+LONGEST = 800
+"""Characters of a message: what somebody put in is told in a few words, and this is for what slips through."""
+
 
 class MambascopeError(Exception):
-    """Root of every error that this project raises on purpose."""
+    """Root of every error that this project raises on purpose. Its message is one line of at most ``LONGEST``."""
+
+    def __init__(self, message: object = "") -> None:
+        line = " ".join(str(message).split())
+        super().__init__(line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} … {line[-LONGEST // 3 :]}")
 
 
 class BadArgument(MambascopeError, ValueError):
@@ -42,7 +49,7 @@ def told(value: object) -> str:
     """
     kind = type(value).__name__
     if value is None or isinstance(value, bool | int | float | complex | str | bytes):
-        return _cut(repr(value))
+        return short(repr(value))
     shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
     if isinstance(shape, tuple) and dtype is not None:
         return f"a {kind} of shape {tuple(shape)} and {str(dtype).removeprefix('torch.')}"
@@ -55,18 +62,19 @@ def told(value: object) -> str:
     return f"a {kind}"
 
 
-def _cut(text: str, most: int = 60) -> str:
+def short(text: str, most: int = 60) -> str:
+    """``text`` on one line of at most ``most`` characters."""
     line = " ".join(text.split())
     return line if len(line) <= most else f"{line[: most - 2]} …"
 
 
-def unknown(kind: str, asked: str, have: Iterable[str], hint: str = "") -> str:
+def unknown(kind: str, asked: object, have: Iterable[str], hint: str = "") -> str:
     """The one-line message for a name that does not exist, with the nearest names first.
 
     ``unknown("task", "lingre", ["linreg"])`` is
     ``no task is called "lingre"; did you mean "linreg"? (there is: linreg)``.
     """
-    names, asked = list(have), _cut(asked)
+    names, asked = list(have), short(asked) if isinstance(asked, str) else told(asked)
     near = difflib.get_close_matches(asked, names, n=3, cutoff=0.6)
     guess = "; did you mean " + " or ".join(f'"{name}"' for name in near) + "?" if near else ";"
     shown = ", ".join(names[:12]) + (f", … {len(names) - 12} more" if len(names) > 12 else "")

@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import nn
 
-from hooks.errors import BadArgument, UnknownSite, told
+from hooks.errors import BadArgument, UnknownSite, short, told
 
 Pattern = str | Iterable[Any] | Callable[[str], Any] | None
 
@@ -248,16 +248,17 @@ def resolve(model: Any, pattern: Pattern, what: str = "site") -> list[str]:
         if not found:
             raise UnknownSite(f"the {what} filter matches none of the {len(names)} sites: see hooks.show(model)")
         return found
-    if isinstance(pattern, Iterable):
+    if isinstance(pattern, Iterable) and not hasattr(pattern, "shape"):
         entries = list(pattern)
         if not entries:
             raise UnknownSite(f"an empty list of {what}s was asked for: see hooks.show(model)")
         picked = {name for entry in entries for name in resolve(model, entry, what)}
         return [name for name in names if name in picked]
-    raise BadArgument(f"a {what} pattern is a name, a glob, a list or a predicate, not {type(pattern).__name__}")
+    raise BadArgument(f"a {what} pattern is a name, a glob, a list or a predicate, not {told(pattern)}")
 
 
 def _no_match(pattern: str, names: list[str], what: str) -> str:
+    pattern = short(pattern, 100)
     kinds = sorted({name.rsplit(".", 1)[-1] for name in names})
     tail = pattern.rsplit(".", 1)[-1]
     prefix = pattern[: len(pattern) - len(tail)]

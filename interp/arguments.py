@@ -39,7 +39,7 @@ def chosen(
     Raises ``BadArgument`` for a name or an option that there is not, with the nearest that there is, and for an option
     that has no default and was not given.
     """
-    if name not in table:
+    if not isinstance(name, str) or name not in table:
         raise BadArgument(unknown(kind, name, table))
     known_options(name, table[name], config)
     parameters = inspect.signature(table[name]).parameters
@@ -78,13 +78,24 @@ def between(name: str, value: object, low: float, high: float = math.inf, hint: 
 def one_of(name: str, value: object, options: Collection[str]) -> str:
     """``value``, if it is one of ``options``; else ``BadArgument`` with the nearest of them."""
     if not isinstance(value, str) or value not in options:
-        raise BadArgument(unknown(f"value of {name}", str(value), options))
+        raise BadArgument(unknown(f"value of {name}", value, options))
     return value
 
 
 def several(given: str | Iterable[T]) -> tuple[T, ...]:
     """``given`` as a tuple; a text is one name and not its letters."""
     return (given,) if isinstance(given, str) else tuple(given)  # type: ignore[arg-type, return-value]
+
+
+def listed(name: str, value: Any) -> list[Any]:
+    """``value`` as a list: one text or number by itself, or what a list, tuple, set or range holds; else
+    ``BadArgument``.
+    """
+    if isinstance(value, str | int):
+        return [value]
+    if isinstance(value, list | tuple | set | frozenset | range):
+        return list(value)
+    raise BadArgument(f"{name}={told(value)} does not work; give one or a list of them")
 
 
 def named_values(flag: str, given: Collection[str]) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from torch import Tensor
 import hooks
 from hooks.brief import brief
 from hooks.edit import Index, region_of
-from hooks.errors import BadArgument
+from hooks.errors import BadArgument, told
 from hooks.inputs import gradients_can_be, readable
 from hooks.sites import Pattern, kind_of
 from interp.arguments import whole_number
@@ -227,7 +227,10 @@ def _refuse_training(model: Any) -> None:
 
 
 def _fitted(baseline: Tensor | float, value: Tensor, name: str) -> Tensor:
-    start = torch.as_tensor(baseline, dtype=value.dtype, device=value.device).detach()
+    try:
+        start = torch.as_tensor(baseline, dtype=value.dtype, device=value.device).detach()
+    except (TypeError, ValueError, RuntimeError):
+        raise BadArgument(f"baseline is {told(baseline)}: give a number, or a tensor of {tuple(value.shape)}") from None
     try:
         return start.expand(value.shape).clone()
     except RuntimeError as error:

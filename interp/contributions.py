@@ -22,7 +22,7 @@ from torch import Tensor
 import hooks
 from hooks.brief import brief
 from hooks.edit import Edit, Index
-from hooks.errors import BadArgument
+from hooks.errors import BadArgument, told
 from hooks.inputs import gradients_can_be, readable
 from hooks.point import watched
 from interp.inside import Inside, inside_of, taps_of
@@ -139,6 +139,8 @@ def _linearised(
 ) -> tuple[Recurrence, Prompts, Inner]:
     """The recurrence, the scalar, and its gradient at the scan's output, from one run."""
     gradients_can_be("contributions to a scalar of the output")
+    if not callable(scalar):
+        raise BadArgument(f"scalar is {told(scalar)}: give a function of the output, lambda out: out[:, -1, 0]")
     leaves: list[Tensor] = []
 
     def start_graph(region: Tensor, whole: Tensor, name: str) -> Tensor:
@@ -183,6 +185,8 @@ def _effects(
 
 
 def _fitted(weights: Tensor, seen: Recurrence) -> Inner:
+    if not isinstance(weights, Tensor):
+        raise BadArgument(f"weights is {told(weights)}: give a tensor that broadcasts to {tuple(seen.x.shape)}")
     try:
         return weights.detach().to(seen.x).broadcast_to(seen.x.shape)
     except RuntimeError as error:

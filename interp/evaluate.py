@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from hooks.errors import NonFinite
+from hooks.errors import BadArgument, NonFinite, told
 from interp import seeds
-from interp.arguments import whole_number
+from interp.arguments import listed, whole_number
 from interp.progress import followed
 from interp.tasks.base import Batch, Model, Task, TokenTask, at_the_query
 
@@ -44,6 +44,8 @@ def errors(
     See ``predictions`` for how the model is run.
     """
     batch = prompts(task, n, seed, purpose) if batch is None else batch
+    if not isinstance(batch, Batch):
+        raise BadArgument(f"batch is {told(batch)}: give what task.sample(…) or evaluate.prompts(…) made")
     predicted = predictions(model, task, batch, batch_size, query_only=query_only)
     error = task.error(predicted, batch.last() if query_only else batch)
     _check_finite("error", error, 0, batch)
@@ -89,7 +91,7 @@ def summary(
     fewer than two prompts.
     """
     whole_number("n", n, least=2)
-    asked = [whole_number("k", k, 0, task.n_pairs - 1) for k in (task.report_ks if ks is None else ks)]
+    asked = [whole_number("k", k, 0, task.n_pairs - 1) for k in (task.report_ks if ks is None else listed("ks", ks))]
     last = task.n_pairs - 1
     error = errors(model, task, n=n, seed=seed, query_only=set(asked) == {last}).double()
     columns = {k: error[:, k - last - 1] for k in asked}  # from the right: there may be the last one only

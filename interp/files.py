@@ -41,7 +41,7 @@ def _plain(value: Any) -> Any:
         return value.as_posix()
     if hasattr(value, "tolist"):  # numpy and torch, arrays and scalars, without importing either
         return _plain(value.tolist())
-    raise BadArgument(f"a {type(value).__name__} has no place in JSON: {value!r}")
+    raise BadArgument(f"a {type(value).__name__} has no place in JSON")
 
 
 def write_whole(path: Path, data: bytes | str) -> None:

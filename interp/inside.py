@@ -17,6 +17,7 @@ from torch import Tensor
 
 import hooks
 from hooks.errors import BadArgument, unknown
+from interp.arguments import listed
 from interp.recurrence import Recurrence
 
 INSIDE = ("scan", "taps", "gate")
@@ -44,10 +45,10 @@ class Inside:
 
 def inside_of(asked: str | Sequence[str]) -> Inside:
     """``asked`` read: one of ``INSIDE`` or several; the scan is always inside. Raises :class:`BadArgument`."""
-    names = (asked,) if isinstance(asked, str) else tuple(asked)
+    names = listed("inside", asked)
     for name in names:
-        if name not in INSIDE:
-            raise BadArgument(unknown("part to have inside", str(name), INSIDE))
+        if not isinstance(name, str) or name not in INSIDE:
+            raise BadArgument(unknown("part to have inside", name, INSIDE))
     return Inside("taps" in names, "gate" in names)
 
 

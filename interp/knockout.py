@@ -24,14 +24,14 @@ from torch import Tensor
 
 import hooks
 from hooks.edit import Edit, derangement
-from hooks.errors import BadArgument
+from hooks.errors import BadArgument, told
 from hooks.inputs import readable
 from hooks.point import state_edits
 from hooks.precision import exact
 from hooks.propagate import StateEdit
 from hooks.sites import points
 from interp import stats
-from interp.arguments import one_of, whole_number
+from interp.arguments import listed, one_of, whole_number
 from interp.metric import Metric, one_arithmetic, one_number
 from interp.progress import followed, progress
 from interp.recurrence import FACTORS, refuse_real_factors
@@ -62,7 +62,7 @@ def knock_out(
     model that lacks a site, which it names.
     """
     chosen = _Chosen(pairs)
-    ways = {one_of("inside", way, WAYS) for way in ([inside] if isinstance(inside, str) else inside)}
+    ways = {one_of("inside", way, WAYS) for way in listed("inside", inside)}
     if not ways:
         raise BadArgument(f"inside=() closes nothing: name {' or '.join(WAYS)}")
     edits: dict[str, Edit] = {}
@@ -335,6 +335,9 @@ class _Chosen:
             self.given = pairs.detach().cpu() if pairs.ndim == 3 else pairs.detach().cpu()[None]
             _refuse_backward(self.given)
             return
+        pairs = listed("pairs", pairs) if not isinstance(pairs, Iterator) else list(pairs)
+        if not all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in pairs):
+            raise BadArgument(f"pairs is {told(pairs)}: give (source, target) positions, or a mask")
         self.given = [(whole_number("source", s, 0), whole_number("target", t, 0)) for s, t in pairs]
         if not self.given:
             raise BadArgument("no pair to knock out: give (source, target) positions, or a mask")
@@ -366,7 +369,10 @@ def _refuse_backward(mask: Tensor) -> None:
 
 
 def _which(given: Any, length: int, what: str) -> Bool[Tensor, "prompts pos"]:
-    values = torch.as_tensor(given, device="cpu")
+    try:
+        values = torch.as_tensor(given, device="cpu")
+    except (TypeError, ValueError, RuntimeError):
+        raise BadArgument(f"{what}s is {told(given)}: give positions, or a mask") from None
     if values.dtype == torch.bool:
         if values.ndim > 2 or values.shape[-1] != length:
             raise BadArgument(
@@ -382,7 +388,7 @@ def _which(given: Any, length: int, what: str) -> Bool[Tensor, "prompts pos"]:
 def _layers(model: Any, layers: int | Sequence[int] | None) -> list[int]:
     points(model)
     count = len(model.blocks)
-    asked = range(count) if layers is None else [layers] if isinstance(layers, int) else layers
+    asked = range(count) if layers is None else listed("layers", layers)
     return [whole_number("layer", layer, 0, count - 1) for layer in asked]
 
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import hooks
-from hooks.errors import BadArgument
+from hooks.errors import BadArgument, told
 from hooks.inputs import first_weight
 from hooks.sites import points
 from interp import stats
@@ -24,6 +24,8 @@ Metric = Callable[[Tensor], Tensor]
 
 def one_number(metric: Metric, output: Any, size: int) -> Float[Tensor, " batch"]:
     """``metric(output)``, if it is one number for each of ``size`` prompts; else :class:`BadArgument`."""
+    if not callable(metric):
+        raise BadArgument(f"the metric is {told(metric)}: give a function of the output, lambda out: out[:, -1, 0]")
     found: Any = metric(output)
     if not isinstance(found, Tensor) or tuple(found.shape) != (size,):
         what = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__

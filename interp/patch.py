@@ -26,10 +26,11 @@ from torch import Tensor
 
 import hooks
 from hooks.brief import brief
-from hooks.errors import BadArgument, NonFinite
+from hooks.errors import BadArgument, NonFinite, told
 from hooks.inputs import readable
 from hooks.sites import Pattern, kind_of
 from interp import stats
+from interp.arguments import listed, whole_number
 from interp.knockout import between, knock_out, left
 from interp.metric import Metric, kind, one_arithmetic, one_number, recovered, recovery
 from interp.progress import followed
@@ -221,17 +222,16 @@ def _cells(group: Sequence[str], positions: Positions, length: int) -> list[tupl
         return [(label, [_inside(t, length) for t in at]) for label, at in positions.items()]
     if isinstance(positions, str):
         if positions != "each":
-            raise BadArgument(f'positions="{positions}": give "each", None, positions or {{label: positions}}')
+            raise BadArgument(f'positions={told(positions)}: give "each", None, positions or {{label: positions}}')
         return [(t, [t]) for t in range(length)]
-    if len(positions) == 0:
-        raise BadArgument(f"positions={positions!r} picks none: there is nothing to patch")
-    return [(int(t), [_inside(t, length)]) for t in positions]
+    positions = listed("positions", positions)
+    if not positions:
+        raise BadArgument(f"positions={told(positions)} picks none: there is nothing to patch")
+    return [(t, [t]) for t in (_inside(t, length) for t in positions)]
 
 
-def _inside(t: int, length: int) -> int:
-    if not -length <= int(t) < length:
-        raise BadArgument(f"position {t} is outside: the prompts have {length}, 0 … {length - 1}")
-    return int(t)
+def _inside(t: Any, length: int) -> int:
+    return whole_number("position", t, -length, length - 1)
 
 
 def _has_positions(name: str) -> bool:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hooks.brief import brief
-from hooks.errors import BadArgument, NonFinite
+from hooks.errors import BadArgument, NonFinite, told
 from interp.arguments import whole_number
 from interp.progress import followed, progress
 from interp.stats import Interval, bootstrap, ratio
@@ -102,10 +102,10 @@ def ridge(
     cost one decomposition of the features.
     """
     whole_number("shuffles", shuffles, least=1)
+    x = _rows(features, "the features")
     truth = {name: _target(target, features, name) for name, target in targets.items()}
     if not truth:
         raise BadArgument("there is no target; give at least one as {name: array}")
-    x = _rows(features, "the features")
     parts = _split_of(x, truth, split, seed)
     rng = np.random.default_rng(seed)
     orders = [rng.permutation(len(x)) for _ in range(shuffles)]
@@ -356,11 +356,14 @@ def _rows(values: Array, what: str) -> Rows:
 def _target(values: Array, features: Array, name: str) -> Rows:
     """A target as (prompt, row, output): it has the axes of the features, save that the last may be left out."""
     data = _numbers(values, name)
-    return _rows(data[..., None] if data.ndim == features.ndim - 1 else data, name)
+    return _rows(data[..., None] if data.ndim == np.ndim(features) - 1 else data, name)
 
 
 def _numbers(values: Array, what: str) -> NDArray[np.float64]:
-    data = np.asarray(values.detach().cpu().double().numpy() if isinstance(values, Tensor) else values, np.float64)
+    try:
+        data = np.asarray(values.detach().cpu().double().numpy() if isinstance(values, Tensor) else values, np.float64)
+    except (TypeError, ValueError):
+        raise BadArgument(f"{what} is {told(values)}: give a tensor or an array of numbers") from None
     if not np.isfinite(data).all():
         raise NonFinite(f"{what} holds NaN or inf; find where it starts before probing")
     return data

@@ -32,7 +32,7 @@ from torch import Tensor
 import hooks
 from hooks.brief import brief
 from hooks.edit import Edit, Index
-from hooks.errors import BadArgument
+from hooks.errors import BadArgument, told
 from hooks.point import state_edits, watched
 from hooks.sites import points
 
@@ -267,7 +267,7 @@ def mixer_of(model: Any, layer: int, kinds: Sequence[str]) -> tuple[str, Any]:
     names = points(model)
     count = len(model.blocks)
     if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < count:
-        raise BadArgument(f"there is no layer {layer!r}: the model has layers 0 to {count - 1}")
+        raise BadArgument(f"there is no layer {told(layer)}: the model has layers 0 to {count - 1}")
     prefix = f"blocks.{layer}.mixer."
     needed = [FACTORS if kind == "hook_decay" and prefix + FACTORS in names else kind for kind in NEEDED]
     missing = [kind for kind in (*needed, *kinds) if prefix + kind not in names]
@@ -290,7 +290,9 @@ def picked(what: str, chosen: Index, size: int) -> Int[Tensor, "some"]:
     try:
         found = places if chosen is None else places[chosen].reshape(-1)
     except (IndexError, TypeError) as error:
-        raise BadArgument(f"{what}={chosen!r} does not pick from the {size} that there are: {error}") from error
+        raise BadArgument(
+            f"{what}={told(chosen)} does not pick from the {size} that there are: give integers, a slice or a mask"
+        ) from error
     if not len(found):
-        raise BadArgument(f"{what}={chosen!r} picks none of the {size} that there are")
+        raise BadArgument(f"{what}={told(chosen)} picks none of the {size} that there are")
     return found

@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hooks.brief import brief
-from hooks.errors import BadArgument, NonFinite
+from hooks.errors import BadArgument, NonFinite, told
 from interp import seeds
 from interp.arguments import one_of, whole_number
 from interp.progress import followed
@@ -303,6 +303,8 @@ def _pair(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 def _centred(x: Tensor) -> Tensor:
     """``x`` in fp64, its mean over rows taken off; refused where nothing would be left."""
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise BadArgument(f"a representation is {told(x)}: give a real tensor (n, width)")
     if x.ndim != 2 or len(x) < 4:
         raise BadArgument(f"a representation is (n, width) with n of at least 4; this one is {tuple(x.shape)}")
     if not bool(x.isfinite().all()):

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hooks.brief import brief
-from hooks.errors import BadArgument, NonFinite
+from hooks.errors import BadArgument, NonFinite, told
 from interp.arguments import one_of, whole_number
 
 Values = Num[np.ndarray, "..."] | Num[Tensor, "..."]
@@ -187,8 +187,8 @@ def benjamini_hochberg(p: Float[np.ndarray, "*tests"]) -> Float[np.ndarray, "*te
 def valid(n_boot: int, level: float) -> None:
     """Nothing, if intervals can be drawn so, else ``BadArgument``: for what works long before it draws them."""
     whole_number("n_boot", n_boot, least=1)
-    if not 0 < level < 1:
-        raise BadArgument(f"level={level!r} does not work; give a coverage between 0 and 1")
+    if not isinstance(level, float) or not 0 < level < 1:
+        raise BadArgument(f"level={told(level)} does not work; give a coverage between 0 and 1")
 
 
 def without_spread(estimate: Any, n: int, level: float = 0.95) -> Interval:
@@ -201,7 +201,10 @@ def _prompts(values: Any, least: int = 1) -> NDArray[np.float64]:
     """The values as fp64, if they have at least so many prompts and are all finite."""
     if isinstance(values, Tensor):
         values = values.detach().cpu().double().numpy()
-    data = np.asarray(values, dtype=np.float64)
+    try:
+        data = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise BadArgument(f"the values are {told(values)}: give a tensor or an array of numbers") from None
     if data.ndim == 0 or len(data) < least:
         what, more = ("no prompts", "one") if least == 1 else ("no spread over prompts", "two")
         raise BadArgument(f"values of shape {data.shape} have {what}; give {more} or more on axis 0")

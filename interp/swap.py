@@ -21,7 +21,7 @@ from torch import Tensor
 from hooks.errors import BadArgument
 from hooks.inputs import readable
 from interp import stats
-from interp.arguments import one_of, whole_number
+from interp.arguments import listed, one_of, whole_number
 from interp.metric import Metric, one_number, recovered
 from interp.progress import followed
 
@@ -65,10 +65,10 @@ class Swap:
         No part or no layer swaps nothing, which is a control. A part that the model lacks changes nothing either, but
         is refused where there is no other: :class:`BadArgument`, as for a layer or a part that there is not.
         """
-        chosen = [one_of("parts", part, PARTS) for part in ([parts] if isinstance(parts, str) else parts)]
+        chosen = [one_of("parts", part, PARTS) for part in listed("parts", parts)]
         if chosen and not set(chosen) & set(self.parts):
             raise BadArgument(f"this model's state has no {chosen[0]}: it has {', '.join(self.parts)}")
-        where = range(self.n_layers) if layers is None else [layers] if isinstance(layers, int) else layers
+        where = range(self.n_layers) if layers is None else listed("layers", layers)
         swapped = {whole_number("layer", layer, 0, self.n_layers - 1) for layer in where}
         mixed = [
             two._replace(**{part: getattr(one, part) for part in chosen}) if layer in swapped else two
@@ -116,7 +116,7 @@ def swap_table(
     """
     stats.valid(n_boot, level)
     rows = []
-    places = [whole_number("at", place, 1, second.shape[1] - 1) for place in ([at] if isinstance(at, int) else at)]
+    places = [whole_number("at", place, 1, second.shape[1] - 1) for place in listed("at", at)]
     for position in places:
         swap = Swap(model, first, second, position)
         size = first.shape[0]

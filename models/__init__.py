@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import nn
 
-from hooks.errors import BadArgument, unknown
+from hooks.errors import BadArgument, told, unknown
 from models.checkpoint import CheckpointError, digest, load_file, save
 from models.linear_attention import LinearAttentionConfig, LinearTransformer
 from models.mamba import Mamba, MambaConfig
@@ -83,7 +83,7 @@ def build(architecture: str, **config: Any) -> Root:
     Raises :class:`BadArgument` for an unknown architecture, an unknown field (with the near
     names), a field of another type, or a value that the config class refuses.
     """
-    if architecture not in ARCHITECTURES:
+    if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
         raise BadArgument(unknown("architecture", architecture, ARCHITECTURES))
     fields = CONFIGS[architecture]
     return ARCHITECTURES[architecture](fields(**_checked(architecture, fields, config)))
@@ -158,7 +158,7 @@ def _checked(architecture: str, fields: Any, config: Mapping[str, Any]) -> dict[
         if not _fits(value, kinds[name]):
             kind = getattr(kinds[name], "__name__", None) or str(kinds[name])
             raise BadArgument(
-                f"{name}={value!r}: a {architecture} config takes {kind} there, not {type(value).__name__}"
+                f"{name}={told(value)}: a {architecture} config takes {kind} there, not {type(value).__name__}"
             )
     return {name: float(value) if kinds[name] is float else value for name, value in config.items()}
 

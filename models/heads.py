@@ -7,7 +7,7 @@ from typing import Any
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from hooks.errors import BadArgument
+from hooks.errors import BadArgument, unknown
 from hooks.point import emit, site
 
 HEADS = ("regression", "classification", "lm")
@@ -42,7 +42,7 @@ class TokenReadIn(nn.Module):
 def read_in(cfg: Any) -> LinearReadIn | TokenReadIn:
     """The read-in that ``cfg.head`` asks for: a table for a language model, else a linear map."""
     if cfg.head not in HEADS:
-        raise BadArgument(f'head="{cfg.head}": there is {", ".join(HEADS)}')
+        raise BadArgument(unknown("head", cfg.head, HEADS))
     return TokenReadIn(cfg.d_out, cfg.d_model) if cfg.head == "lm" else LinearReadIn(cfg.d_in, cfg.d_model)
 
 

@@ -148,8 +148,8 @@ class Root(HookedModule):
         NaN or inf, with the place where it first appears.
         """
         self.runs += 1
-        self.last_stop = stop_at_layer
         start, stop = self._layer(start_at_layer, "start_at_layer"), self._layer(stop_at_layer, "stop_at_layer")
+        self.last_stop = stop_at_layer
         if start is not None and stop is not None and start > stop:
             raise BadArgument(f"start_at_layer={start_at_layer} is after stop_at_layer={stop_at_layer}")
         self.check_input(x, state, start)

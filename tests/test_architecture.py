@@ -211,26 +211,9 @@ def no_print(source: Source) -> Iterator[str]:
             yield source.at(node, "uses sys.stdout; return the text, or hand it to interp/cli.py")
 
 
-MAKERS = {
-    f"torch.{name}"
-    for name in [
-        "arange",
-        "as_tensor",
-        "empty",
-        "eye",
-        "full",
-        "linspace",
-        "ones",
-        "rand",
-        "randint",
-        "randn",
-        "randperm",
-        "tensor",
-        "tril_indices",
-        "triu_indices",
-        "zeros",
-    ]
-}
+MAKERS = re.compile(
+    r"torch\.(arange|as_tensor|empty|eye|full|linspace|ones|rand|randint|randn|randperm|tensor|tri[lu]_indices|zeros)"
+)
 
 
 def devices(source: Source) -> Iterator[str]:
@@ -241,7 +224,7 @@ def devices(source: Source) -> Iterator[str]:
     if source.package is None or (fnmatch(source.path, "models/*.py") and source.path.count("/") == 1):
         return
     for node in ast.walk(source.tree):
-        if isinstance(node, ast.Call) and dotted(node.func) in MAKERS:
+        if isinstance(node, ast.Call) and MAKERS.fullmatch(dotted(node.func)):
             if not any(keyword.arg == "device" for keyword in node.keywords):
                 yield source.at(node, f"{dotted(node.func)} without device=")
 

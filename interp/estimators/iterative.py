@@ -28,7 +28,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooks.brief import brief
-from hooks.errors import BadArgument
+from hooks.errors import BadArgument, told
 from interp.arguments import one_of, whole_number
 from interp.estimators.base import in_parts, room_for
 
@@ -169,7 +169,7 @@ def online_gd_path(x: X, y: Y, settings: Sequence[tuple[float, float]], form: st
     for rate, forgetting in settings:
         positive("rate", rate)
         if not 0 < forgetting <= 1:
-            raise BadArgument(f"forgetting={forgetting!r} does not work; give a number in (0, 1]; 1 forgets nothing")
+            raise BadArgument(f"forgetting={told(forgetting)} does not work; give a number in (0, 1], 1 for nothing")
     inputs, labels = x.detach().cpu().double(), y.detach().double().cpu()
     rates, keep = torch.tensor(settings, dtype=inputs.dtype, device=inputs.device).reshape(-1, 2).T[:, :, None]
     w = inputs.new_zeros(len(settings), len(inputs), inputs.shape[-1])
@@ -233,5 +233,5 @@ def _rounder(values: Eigen, gamma: float | None) -> Eigen:
 def positive(name: str, value: object, hint: str = "") -> float:
     """``value`` as a float, if it is a finite number above 0; else ``BadArgument``."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-        raise BadArgument(f"{name}={value!r} does not work; give a positive number{hint}")
+        raise BadArgument(f"{name}={told(value)} does not work; give a positive number{hint}")
     return float(value)

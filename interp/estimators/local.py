@@ -9,7 +9,7 @@ from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
-from hooks.errors import BadArgument, unknown
+from hooks.errors import BadArgument, told, unknown
 from interp.arguments import one_of, whole_number
 from interp.estimators.base import Estimator, Pairs, exact, in_parts
 from interp.estimators.iterative import positive
@@ -85,7 +85,7 @@ def _regress(
     penalised = similarity + alpha * torch.eye(y.shape[1], dtype=y.dtype, device=y.device)
     factor, failed = torch.linalg.cholesky_ex(penalised)
     if failed.any():
-        raise BadArgument(f"alpha={alpha!r} does not work: K + alpha I is singular in fp64; give a larger alpha")
+        raise BadArgument(f"alpha={told(alpha)} does not work: K + alpha I is singular in fp64; give a larger alpha")
     z = torch.linalg.solve_triangular(factor, y[..., None], upper=False)[..., 0]
     return einsum(factor.tril(-1), z, "b k i, b i -> b k")
 

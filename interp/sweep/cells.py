@@ -30,7 +30,7 @@ from typing import Any
 
 import yaml
 
-from hooks.errors import BadArgument, unknown
+from hooks.errors import BadArgument, told, unknown
 from interp.training import recipe as training
 from interp.training.recipe import TrainConfig, from_dict
 
@@ -91,7 +91,7 @@ def expand(values: Mapping[str, Any], source: str = "the sweep", folder: Path = 
             raise BadArgument(f"{source}: {unknown('field of a sweep', str(name), FIELDS)}")
     title = values.get("name")
     if not (isinstance(title, str) and _NAME.fullmatch(title)):
-        raise BadArgument(f"{source}: name is {title!r}; give a word, it names the folder of the runs")
+        raise BadArgument(f"{source}: name is {told(title)}; give a word, it names the folder of the runs")
     base = _recipe_fields(source, "base", values.get("base") or {}, {"task", "model", "mix"})
     models = _named(source, "models", values.get("models"), {"task", "task_config", "mix", "seed"})
     tasks = _named(source, "tasks", values.get("tasks"), {"model", "model_config", "seed"})
@@ -133,19 +133,19 @@ def _joined(where: str, base: Mapping[str, Any], *parts: Mapping[str, Any]) -> d
 def _recipe_fields(source: str, place: str, values: Any, elsewhere: set[str]) -> dict[str, Any]:
     """``values``, if they are fields of a recipe that belong in this place, and the configs mappings."""
     if not isinstance(values, Mapping):
-        raise BadArgument(f"{source}: {place} is {values!r}; give fields of a recipe, as name: value")
+        raise BadArgument(f"{source}: {place} is {told(values)}; give fields of a recipe, as name: value")
     have = [entry.name for entry in dataclasses.fields(TrainConfig) if entry.name not in elsewhere]
     for name, value in values.items():
         if name not in have:
             raise BadArgument(f"{source}: {unknown(f'field of {place}', str(name), have)}")
         if name in NESTED and not isinstance(value, Mapping):
-            raise BadArgument(f"{source}: {name} of {place} is {value!r}; give options as name: value")
+            raise BadArgument(f"{source}: {name} of {place} is {told(value)}; give options as name: value")
     return dict(values)
 
 
 def _named(source: str, place: str, values: Any, elsewhere: set[str]) -> dict[str, dict[str, Any]]:
     if not isinstance(values, Mapping) or not values:
-        raise BadArgument(f"{source}: {place} is {values!r}; give at least one, as name: {{fields of a recipe}}")
+        raise BadArgument(f"{source}: {place} is {told(values)}; give at least one, as name: {{fields of a recipe}}")
     _check_names(source, place, values)
     return {
         name: _recipe_fields(source, f"{place}: {name}", {} if of is None else of, elsewhere)
@@ -158,11 +158,11 @@ def _sizes(source: str, values: Any) -> dict[str, Mapping[str, Any]]:
     if values is None:
         return {"": {}}
     if not isinstance(values, Mapping) or not values:
-        raise BadArgument(f"{source}: sizes is {values!r}; give name: {{options of the model}}")
+        raise BadArgument(f"{source}: sizes is {told(values)}; give name: {{options of the model}}")
     _check_names(source, "sizes", values)
     for name, options in values.items():
         if not isinstance(options, Mapping):
-            raise BadArgument(f"{source}: sizes: {name} is {options!r}; give options of the model as name: value")
+            raise BadArgument(f"{source}: sizes: {name} is {told(options)}; give options of the model as name: value")
     return dict(values)
 
 
@@ -171,7 +171,7 @@ def _recipes(source: str, values: Any, folder: Path) -> list[Cell]:
     if values is None:
         return []
     if not (isinstance(values, list) and values and all(isinstance(name, str) for name in values)):
-        raise BadArgument(f"{source}: recipes is {values!r}; give a list of names of JSON files beside the sweep's")
+        raise BadArgument(f"{source}: recipes is {told(values)}; give a list of names of JSON files beside the sweep's")
     _check_names(source, "recipes", dict.fromkeys(values))
     have = sorted(path.stem for path in folder.glob("*.json"))
     cells = []
@@ -192,14 +192,14 @@ def _seeds(source: str, values: Any, base: Mapping[str, Any]) -> list[int]:
     numbers = values if isinstance(values, list) else []
     whole = [seed for seed in numbers if isinstance(seed, int) and not isinstance(seed, bool)]
     if not whole or len(whole) != len(numbers) or len(set(whole)) != len(whole):
-        raise BadArgument(f"{source}: seeds is {values!r}; give a list of different whole numbers")
+        raise BadArgument(f"{source}: seeds is {told(values)}; give a list of different whole numbers")
     return whole
 
 
 def _check_names(source: str, place: str, values: Mapping[Any, Any]) -> None:
     for name in values:
         if not (isinstance(name, str) and _NAME.fullmatch(name)):
-            raise BadArgument(f"{source}: {place}: the name {name!r} cannot name a folder; use letters, digits, -_.+")
+            raise BadArgument(f"{source}: {place}: {told(name)} cannot name a folder; use letters, digits, -_.+")
 
 
 def _chosen(source: str, cells: Sequence[Cell], values: Mapping[str, Any]) -> tuple[Cell, ...]:
@@ -214,7 +214,7 @@ def _chosen(source: str, cells: Sequence[Cell], values: Mapping[str, Any]) -> tu
         if patterns is None:
             continue
         if not (isinstance(patterns, list) and all(isinstance(pattern, str) for pattern in patterns)):
-            raise BadArgument(f'{source}: {field} is {patterns!r}; give a list of patterns such as ["mamba-*"]')
+            raise BadArgument(f'{source}: {field} is {told(patterns)}; give a list of patterns such as ["mamba-*"]')
         for pattern in patterns:
             if not any(fnmatchcase(name, pattern) for name in names):
                 raise BadArgument(f"{source}: {field}: {unknown('cell', pattern, names)}")

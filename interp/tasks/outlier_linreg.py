@@ -19,7 +19,7 @@ from einops import einsum
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from hooks.errors import BadArgument
+from hooks.errors import BadArgument, told
 from interp import estimators, seeds
 from interp.arguments import between, one_of, whole_number
 from interp.tasks.base import Batch, Model, at_each_query, outputs, same_shape
@@ -92,7 +92,7 @@ class OutlierLinearRegression:
             )
         self.r = None if r is None else between("r", r, 0.0)
         if not isinstance(clean_only, bool):
-            raise BadArgument(f"clean_only={clean_only!r} does not work; give true or false")
+            raise BadArgument(f"clean_only={told(clean_only)} does not work; give true or false")
         self.clean_only = clean_only
         if not clean_only:
             self.metric = "squared error / d"

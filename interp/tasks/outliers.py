@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from hooks.errors import BadArgument
+from hooks.errors import BadArgument, told
 from interp import seeds
 from interp.arguments import between, one_of, whole_number
 from interp.tasks.base import Batch, Model, at_each_query, at_the_query, same_shape
@@ -358,7 +358,7 @@ def _combinations(outside: Any, count: int) -> bool | list[list[float]]:
     numbers = [[float(value) for value in row] for row in rows if _is_row(row, count)]
     if not rows or len(numbers) != len(rows):
         raise BadArgument(
-            f"outside={outside!r} does not work; give true, false, or a list of rows of V={count} coefficients each"
+            f"outside={told(outside)} does not work; give true, false, or a list of rows of V={count} coefficients each"
         )
     return numbers
 

@@ -16,7 +16,7 @@ from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
-from hooks.errors import BadArgument
+from hooks.errors import BadArgument, told
 from interp import estimators, seeds
 from interp.arguments import between, one_of, whole_number
 from interp.tasks import inputs
@@ -32,7 +32,7 @@ Y = Float[Tensor, "batch n_pairs"]
 def true_or_false(name: str, value: object) -> bool:
     """``value``, if it is a bool; else ``BadArgument``."""
     if not isinstance(value, bool):
-        raise BadArgument(f"{name}={value!r} does not work; give true or false")
+        raise BadArgument(f"{name}={told(value)} does not work; give true or false")
     return value
 
 

@@ -22,7 +22,7 @@ from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
-from hooks.errors import BadArgument
+from hooks.errors import BadArgument, told
 from interp import estimators, seeds
 from interp.arguments import between, one_of, whole_number
 from interp.tasks.base import Batch
@@ -182,12 +182,12 @@ def _link(link: Any) -> Link:
         return one_of("link", link, LINKS)
     if not isinstance(link, Sequence) or not 2 <= len(link) <= HIGHEST + 1:
         raise BadArgument(
-            f"link={link!r} does not work; give one of {', '.join(LINKS)}, or Hermite coefficients c_0, c_1, … c_n "
+            f"link={told(link)} does not work; give one of {', '.join(LINKS)}, or Hermite coefficients c_0, c_1, … c_n "
             f"with n from 1 to {HIGHEST}"
         )
     coefficients = tuple(between("a coefficient of link", c, -math.inf) for c in link)
     if not any(coefficients[1:]):
-        raise BadArgument(f"link={link!r} is constant and says nothing of β; give a coefficient above c_0")
+        raise BadArgument(f"link={told(link)} is constant and says nothing of β; give a coefficient above c_0")
     return coefficients
 
 

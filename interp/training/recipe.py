@@ -138,7 +138,7 @@ def _whole(name: str, value: Any, least: int = 1) -> None:
 def _mixed(entry: Any, task: str) -> dict[str, Any]:
     """One entry of ``mix`` with both its fields; the task is the recipe's own if it names none."""
     if not isinstance(entry, Mapping):
-        raise BadArgument(f"mix holds {entry!r}; each entry is {{task, task_config}}")
+        raise BadArgument(f"mix holds {told(entry)}; each entry is {{task, task_config}}")
     fields = ("task", "task_config")
     for name in entry:
         if name not in fields:
@@ -148,7 +148,7 @@ def _mixed(entry: Any, task: str) -> dict[str, Any]:
 
 def _within(name: str, value: Any, low: float, high: float) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        raise BadArgument(f"{name} is {value!r}; it must be a number from {low:g} to {high:g}")
+        raise BadArgument(f"{name} is {told(value)}; it must be a number from {low:g} to {high:g}")
 
 
 def from_dict(values: Mapping[str, Any], source: str = "the recipe") -> TrainConfig:
@@ -162,7 +162,7 @@ def from_dict(values: Mapping[str, Any], source: str = "the recipe") -> TrainCon
             raise BadArgument(f'{source} does not say which {name}: add the field "{name}"')
     for name in ("learning_rates", "betas"):
         if name in values and not isinstance(values[name], list | tuple):
-            raise BadArgument(f"{source}: {name} is {values[name]!r}; give a list of numbers")
+            raise BadArgument(f"{source}: {name} is {told(values[name])}; give a list of numbers")
     try:
         return TrainConfig(**{name: _as_field(name, value) for name, value in values.items()})
     except BadArgument as error:
