@@ -7,16 +7,19 @@ Estimand   (1) the lens: each block's residual stream at the query through the m
            over the last examples. Each block's share of the decrease of the error, and of its
            logarithm. (2) R² of ridge probes, after each
            block, from the residual at the query and from the recurrent state, to the task's
-           variables. (3) The distance of each block's prediction, in the labels' unit by one scale
-           and shift for all prompts, to gradient descent after t steps, GD++, Newton, online
-           descent, ridge, least squares, k-NN, averaging; of symbols, to counting estimators of other
-           orders, priors and memories; the nearest, chosen on half of the prompts and judged on the
-           other half; over all numbers of examples and after each.
+           variables. (3) The distance of each block's prediction to gradient descent (over means
+           and over sums) after t steps, GD++, Newton, online descent (of residuals and of labels),
+           ridge, least squares, k-NN, averaging; of symbols, to counting estimators of other orders,
+           priors and memories. Rates, penalties and the like are fitted to the prediction on half of
+           the prompts, once as it is and once with a scale and a shift (of symbols: a power), and
+           judged on the other half; over all numbers of examples and after each. A name is given only
+           to what leaves at most 1 % of the prediction's spread, ties are called ties, and "none of
+           these" is an answer.
            (4) Error after each block and each number k of examples, up to twice as many as in training
 Controls   the floor of the fit, by formula and of a feature drawn at random; the labels of another
            w or chain; the same architecture with random weights in the lens and the probes; shuffled
            targets and running sums in the probes; least squares (counting) on another w's labels
-           (chain's symbols) in the matching; the lens after the last block against the model itself
+           (chain's symbols) and the labels themselves in the matching; the lens after the last block against the model itself
 Not shown  whether what can be read is used (ablate_delta edits, this only reads); what a probe that
            is not linear could read; other trainings: the intervals are over prompts
 Cost       20 seconds with 256 prompts and 2 idle cores
@@ -24,6 +27,7 @@ Cost       20 seconds with 256 prompts and 2 idle cores
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -40,7 +44,7 @@ if TYPE_CHECKING:
     import numpy as np
     from matplotlib.figure import Figure
 
-    from interp.layers.matching import Candidates
+    from interp.layers.families import Candidates
     from interp.layers.readings import Lens, Map, Probed, Subject
     from interp.result import Check, Result
 
@@ -51,8 +55,9 @@ NAMES = {
     "table": "transition table", "estimate": "its Bayes estimate", "row": "row in force", "counts": "counts of pairs",
 }  # fmt: skip
 """What the figure calls the targets of the probes."""
-DISTANCE = "distance: Σ (ŷ − algorithm)² ÷ Σ ŷ²"
-NEAREST = ("best", "setting", "clear")
+DISTANCE = "distance: Σ (ŷ − algorithm)² ÷ Σ (ŷ − mean)²"
+NAMED = ("name", "said", "clear")
+NONE = "none of these"
 FP32 = 1e-4
 """Largest difference between two fp32 paths of one function, relative to the largest value."""
 
@@ -122,9 +127,8 @@ def run(config: Config) -> Result:
     with torch.no_grad(), progress(len(jobs) + 1, "probe_layers") as tick:
         seen, probes, levels = side_by_side(jobs, tick, config.device)
         found = layers.candidates(subject, levels)
-        matches = layers.matches(levels, found, config.seed)
         ks = sorted({*subject.task.report_ks, levels.trained - 1})
-        by_k = layers.matches_by_k(levels, found, ks, config.seed)
+        matches, by_k = layers.matches(levels, found, ks, config.seed, config.device)
         tick()
     asked = {key: value for key, value in asdict(config).items() if key not in ("out", "json")}
     resolved = {"model": subject.name, "prompts": prompts, "k": subject.k, "task_config": subject.task.config}
@@ -146,6 +150,7 @@ def run(config: Config) -> Result:
         provenance={
             **provenance.provenance(seed=config.seed, device=config.device, seconds=seconds),
             "weights": models.digest(subject.model),
+            "last block": layer_rows.last_block(matches),
             "notes": _notes(subject, probes, levels),
         },
     )
@@ -276,7 +281,7 @@ def _checks(
         checks.append(Check.at_most(f"{name}: lens after the last block below chance, in standard errors", below, 4.0))
     if found is not None:
         what, wrong = layers.elsewhere(subject, levels)
-        own = levels.calibrated[-1][:, : levels.trained]
+        own = levels.answers[-1][:, : levels.trained]
         level = float((wrong - own)[:, 1:].square().mean() / own[:, 1:].square().mean())
         checks.append(Check.at_least(f"distance to {what}", level, 0.9))
     return checks
@@ -344,7 +349,7 @@ def plot(result: Result) -> Figure:
     figure.supxlabel(
         f"n = {config['prompts']} prompts (lens; {how}), "
         f"{2 * config['prompts']} others (probes: a quarter judges; matching: half; map); k = {config['k']}; "
-        "bands and lines: 95 % bootstrap over prompts; * nearest, (*) not told apart from the next",
+        "bands and lines: 95 % bootstrap over prompts; * the one that fits, (*) with ties, none: nothing fits",
         fontsize=7.5,
         color="0.35",
     )
@@ -414,20 +419,24 @@ def _draw_matches(axes: Any, by_k: Any, arrays: Mapping[str, Any], blocks: np.nd
     names = [str(name) for name in arrays["match_families"]]
     for panel, x, key in ((axes, blocks, "match"), (by_k, 1 + np.arange(arrays["match_by_k"].shape[-1]), "match_by_k")):
         drawn = {name: tuple(ends) for name, ends in zip(names, arrays[key], strict=True) if name != "zero"}
-        lowest = 0.5 * min(float(mean[mean > 0].min()) for mean, *_ in drawn.values())
+        positive = [float(mean[mean > 0].min()) for mean, *_ in drawn.values() if (mean > 0).any()]
+        lowest = 0.5 * max(min(positive, default=1.0), 1e-7)
         draw.curves(panel, x, drawn, floor=lowest)
-        draw.baseline(panel, x, np.ones(len(x)), "zero")
+        fit = np.full(len(x), float(arrays["match_fit"]))
+        draw.baseline(panel, x, np.ones(len(x)), "a constant")
+        draw.baseline(panel, x, fit, "largest of a name", style=1)
         named, room = None, (x[-1] - x[0]) / 40
-        for at, best, setting, clear in zip(x, *(arrays[f"{key}_{part}"] for part in NEAREST), strict=True):
+        for at, name, said, clear in zip(x, *(arrays[f"{key}_{part}"] for part in NAMED), strict=True):
             # Many numbers of examples: named where it changes, and where there is room.
-            if named is not None and (at - named[0] < room or (len(x) > 40 and named[1] == (best, setting))):
+            if named is not None and (at - named[0] < room or (len(x) > 40 and named[1] == name)):
                 continue
-            named = (at, (best, setting))
-            sure = "*" if clear else "(*)"
+            named = (at, name)
+            text = str(said).split(", not told apart")[0] if name != NONE else "none"
+            mark = "* " if clear else "(*) " if name != NONE else ""
             place = {"rotation": 90, "ha": "center", "va": "bottom", "fontsize": 6}
-            panel.text(at, lowest / 2500, f"{sure} {best} {setting}", **place)
+            panel.text(at, lowest / 2500, f"{mark}{text}", **place)
         panel.set_ylim(lowest / 4000, 3.3)
-    axes.set_ylabel("distance: Σ (p̂ − algorithm)² ÷ Σ (p̂ − uniform)²" if len(arrays["rivals"]) else DISTANCE)
+    axes.set_ylabel("distance: Σ (p̂ − algorithm)² ÷ Σ (p̂ − mean)²" if len(arrays["rivals"]) else DISTANCE)
     by_k.set_xlabel(f"examples seen, k (block {blocks[-1]}, each k alone)")
 
 
@@ -458,12 +467,35 @@ def _title(result: Result) -> str:
     if words not in ("flat", "rising"):
         ends = f"[{share[1, largest]:.0%}, {share[2, largest]:.0%}]"
         text += f"; the largest share is block {largest + 1}'s, {share[0, largest]:.0%} {ends}"
-    if "match_best" in arrays:
-        name = " ".join(filter(None, (str(arrays["match_best"][-1]), f"({arrays['match_setting'][-1]})")))
-        name = name.replace(" ()", "")
-        sure = "" if arrays["match_clear"][-1] else ", not told apart from the next"
-        text += f";\nof the algorithms tried, the last block's predictions are nearest to {name}{sure}"
+    if "match_name" in arrays:
+        text += f";\n{_named(arrays)}"
     return text
+
+
+def _named(arrays: Mapping[str, Any]) -> str:
+    """Which algorithm the last block's predictions are, as they are; and with a scale, where that says more."""
+
+    def left(key: str) -> str:
+        mean, low, high = (float(end) for end in arrays[f"{key}_nearest"][:, -1])
+        return f"{_percent(mean)} [{_percent(low)}, {_percent(high)}] of their spread left"
+
+    name, scaled = (str(arrays[f"{key}_name"][-1]) for key in ("match", "match_scaled"))
+    said, scaled_said = (str(arrays[f"{key}_said"][-1]) for key in ("match", "match_scaled"))
+    if not math.isfinite(arrays["match_nearest"][0, -1]):
+        return "the last block's predictions are the same for every prompt: no algorithm"
+    text = f"the last block's predictions, as they are, fit {said}: {left('match')}"
+    if name == NONE:
+        nearest = said.removeprefix(f"{NONE}, ")
+        text = (
+            f"none of the algorithms tried fits the last block's predictions as they are ({nearest}: {left('match')})"
+        )
+    if scaled != NONE and scaled_said != said:
+        text += f"; scaled, {scaled_said} does ({_percent(float(arrays['match_scaled_nearest'][0, -1]))})"
+    return text
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2g} %" if share < 10 else f"{100 * share:.0f} %"
 
 
 if __name__ == "__main__":

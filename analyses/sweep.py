@@ -107,7 +107,9 @@ def run(config: Config) -> Result:
     )
     if failed:
         # Without one finished cell there is nothing to draw.
-        saved = cli.saved(sys.modules[__name__], result, config.out) if done else result.save(config.out, analysis="sweep")
+        saved = (
+            cli.saved(sys.modules[__name__], result, config.out) if done else result.save(config.out, analysis="sweep")
+        )
         reasons = "; ".join(f"{name}: {reason}" for name, reason in failed.items())
         raise RunFailed(
             f"{len(failed)} of {len(of.cells)} cells failed ({reasons}); the table of all is in {saved.folder}, "

@@ -109,7 +109,9 @@ def run(config: Config) -> Trained:
     out = config.out or Path("out") / "train" / _folder(config, recipe)
     if config.attached:
         if sys.stdin is None:
-            raise BadArgument("--attached stops when standard input ends, and it is closed; give a pipe, or leave it out")
+            raise BadArgument(
+                "--attached stops when standard input ends, and it is closed; give a pipe, or leave it out"
+            )
         threading.Thread(target=_stop_with_stdin, daemon=True).start()
     return train(build, task, recipe, out, checkpoint.save, device=config.device, say=cli.say)
 

@@ -13,6 +13,9 @@ where r_t is the share of least squares' answer that is still missing along an e
 
 So one decomposition for each prompt and k gives all of them. It costs accuracy only along directions whose λ is below
 1e-13 of the largest: those are left out, as least squares of minimum norm leaves out what is absent.
+With sums in the place of means (A = Σ x_i x_iᵀ, b = Σ y_i x_i) the filters are the same: a rate η or a γ that is the
+same for every k is then k times as large in the unit of the means. It is all that an attention without normalisation
+can do, and it is how the published constructions write their η and γ for prompts of one length.
 Sources: arXiv 2212.07677 (GD++), 2310.17086 (Newton), 2509.23779 §3 (online descent with forgetting), 2402.03170 §3.2.
 """
 
@@ -49,6 +52,8 @@ class Spectrum:
 
     values     λ, ascending; 0 where a direction is absent
     products   (v·x_k)(v·b), so that a filter's prediction is Σ_v f(λ_v) products_v
+
+    Of means, A and b as above, or of sums: k times both.
     """
 
     values: Eigen
@@ -57,12 +62,16 @@ class Spectrum:
     __repr__ = brief
 
     @staticmethod
-    def of(x: X, y: Y) -> Spectrum:
-        """The spectrum for every prompt and k, in fp64 on the CPU; all zero at k = 0."""
+    def of(x: X, y: Y, over: str = "means") -> Spectrum:
+        """The spectrum for every prompt and k, in fp64 on the CPU; all zero at k = 0. ``over``: "means" or "sums"."""
+        one_of("over", over, ("means", "sums"))
         inputs, labels = x.detach().cpu().double(), y.detach().double().cpu()
         n, n_pairs, d = inputs.shape
         room_for(4 * n * n_pairs * d, f"the eigenvalues of {n} × {n_pairs} examples of d={d}", "give fewer prompts")
         values, products = in_parts(_eigen, n_pairs * d * d, inputs, labels).unbind(1)
+        if over == "sums":
+            count = torch.arange(n_pairs, dtype=inputs.dtype, device=inputs.device).clamp(min=1)[:, None]
+            values, products = values * count, products * count
         return Spectrum(values, products)
 
     def predict(self, missing: Iterable[Eigen]) -> Path:
@@ -87,7 +96,8 @@ def gd_path(x: X, y: Y, steps: Steps, rate: float | None = None, *, spectrum: Sp
 
     w ← w - rate (A w - b), the gradient of (1/2k) Σ_{i<k} (y_i - w·x_i)². ``rate=None`` is 2 / (λ_max + λ_min) of each
     prompt and k, λ_min the smallest that is not zero; the path then ends at least squares of minimum norm. A number is
-    the same for all; it diverges where it exceeds 2 / λ_max. ``spectrum``: of the same x and y, if it is at hand.
+    the same for all; it diverges where it exceeds 2 / λ_max. ``spectrum``: of the same x and y, if it is at hand; with
+    that of sums the gradient is of ½ Σ_{i<k} (y_i - w·x_i)², and the rate is for it.
     """
     asked = _asked(steps, y)
     of = spectrum or Spectrum.of(x, y)
@@ -112,7 +122,7 @@ def gdpp_path(
                       all inputs, the query too, become (I - γ A) x with the A of the current inputs
     form="once"       the inputs are transformed once, before the first step, as in arXiv 2402.03170
 
-    A has 1/k in it, so a γ for XᵀX is k times smaller. ``rate=None`` is 2 / (λ_max + λ_min) of the current inputs,
+    A has 1/k in it, so a γ for XᵀX is k times smaller; with the ``spectrum`` of sums A is XᵀX. ``rate=None`` is 2 / (λ_max + λ_min) of the current inputs,
     ``gamma=None`` is 1 / (3 λ_max), the largest that keeps the eigenvalues in order. With both the path ends at least
     squares.
     """
@@ -170,17 +180,22 @@ def online_gd_path(x: X, y: Y, settings: Sequence[tuple[float, float]], form: st
         positive("rate", rate)
         if not 0 < forgetting <= 1:
             raise BadArgument(f"forgetting={told(forgetting)} does not work; give a number in (0, 1], 1 for nothing")
-    inputs, labels = x.detach().cpu().double(), y.detach().double().cpu()
-    rates, keep = torch.tensor(settings, dtype=inputs.dtype, device=inputs.device).reshape(-1, 2).T[:, :, None]
-    w = inputs.new_zeros(len(settings), len(inputs), inputs.shape[-1])
+    given = torch.tensor(settings, dtype=torch.float64, device="cpu")
+    return online_pass(x.detach().cpu().double(), y.detach().cpu().double(), given, form).to(y)
+
+
+def online_pass(x: X, y: Y, settings: Float[Tensor, "setting 2"], form: str = "residual") -> Path:
+    """``online_gd_path`` in the dtype of ``x``, for settings that need no check."""
+    rates, keep = settings.reshape(-1, 2).to(x).T[:, :, None]
+    w = x.new_zeros(len(rates), len(x), x.shape[-1])
     path = []
-    for k in range(inputs.shape[1]):
-        newest = inputs[:, k]
+    for k in range(x.shape[1]):
+        newest = x[:, k]
         predicted = einsum(w, newest, "s b i, b i -> s b")
         path.append(predicted)
-        error = labels[:, k] - (keep * predicted if form == "residual" else 0)
+        error = y[:, k] - (keep * predicted if form == "residual" else 0)
         w = keep[..., None] * w + (rates * error)[..., None] * newest
-    return torch.stack(path, dim=2).to(y)
+    return torch.stack(path, dim=2)
 
 
 def sums_before(terms: Float[Tensor, "batch n_pairs *rest"]) -> Float[Tensor, "batch n_pairs *rest"]:

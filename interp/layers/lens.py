@@ -179,22 +179,6 @@ def floor(m: int) -> float:
     return (1 + 1 / m) * (m - 2) / (m - 3)
 
 
-def calibrated(
-    decoded: Decoded, labels: Float[Tensor, "batch query"], prompts: slice, examples: slice = slice(None)
-) -> Decoded:
-    """``decoded`` with one scale and one shift for each block, fitted on these prompts and examples together; fp64.
-
-    Two numbers for each block, so that a prediction in another unit than the model's last one can be compared with
-    numbers in the labels' unit; unlike ``affine`` it uses no label of the other prompts.
-    """
-    feature, goal = decoded.double(), labels.double().expand(decoded.shape)
-    seen, wanted = (values[:, prompts, examples].flatten(1) for values in (feature, goal))
-    centre, middle = seen.mean(1, keepdim=True), wanted.mean(1, keepdim=True)
-    spread = (seen - centre).square().sum(1, keepdim=True)
-    scale = ((seen - centre) * (wanted - middle)).sum(1, keepdim=True) / spread.masked_fill(spread == 0, torch.inf)
-    return scale[..., None] * (feature - centre[..., None]) + middle[..., None]
-
-
 def errors(
     task: Task, prediction: Float[Tensor, "block batch query *out"], batch: Batch
 ) -> Float[Tensor, "block batch query"]:

@@ -1,13 +1,18 @@
-"""Which algorithm predicts what a model predicts: distances to candidates, the nearest, and how sure that is.
+"""Which algorithm predicts what a model predicts: whether any of them fits, which one, and what else it could be.
 
-A *family* is an algorithm with its settings; a *candidate* is one setting of it. The distance of a prediction ŷ to a
-candidate's p is Σ (ŷ − p)² ÷ Σ ŷ², over the same prompts and examples: 0 is the same function, 1 is what predicting
-zero would get. Settings are chosen on one half of the prompts and judged on the other.
+Each algorithm is fitted to the predictions themselves, never to labels: its settings, and in a second comparison a
+scale and a shift too, on one half of the prompts. Its distance is measured on the other half:
+
+    Σ (ŷ − p)² ÷ Σ (ŷ − mean ŷ)²         0: the same function; 1: what a constant would get
+
+A name is given to what *fits*: the upper end of the distance's interval is at most FIT. Of those that are *level* with
+the nearest, the named one is that at scale 1 before any with a scale, then the one with the fewest settings, then the
+first in the list of candidates. The others that are level are ties, unless they predict the same as the named one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,158 +23,256 @@ from torch import Tensor
 
 from hooks.brief import brief
 from hooks.errors import BadArgument
-from interp import estimators
-from interp.arguments import whole_number
-from interp.estimators import iterative
+from interp.layers.families import Candidates, Family, Where
+from interp.layers.fitting import fewer, fitted, scale_and_shift
 from interp.stats import Interval, bootstrap, ratio
-from interp.tasks.base import Batch
 
-STEPS = 32
-RATES = (0.1, 0.2, 0.4)
-"""Fixed step sizes of gradient descent, in units of 1 / (eigenvalue of XᵀX / k): the same for every prompt."""
-PENALTIES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
-ONLINE = tuple((rate, forgetting) for forgetting in (1.0, 0.97, 0.9) for rate in (0.03, 0.06, 0.12, 0.2))
-NEIGHBOURS = (1, 3, 5)
+FIT = 0.01
+"""The largest distance of an algorithm that is named: what it misses is then a tenth of the predictions' spread, as a
+root mean square, and it has 99 % of it. Set before the first run. A looser bound would give a name to what is none of
+these: all good predictors resemble one another, because all of them resemble the labels."""
+MARGIN = 0.1
+"""A distance that is larger by less than a tenth is level: no reason to prefer a scale of 0.99 to none."""
+ROUNDING = 1e-10
+"""Distances up to here are level too: predictions of fp32 are known to 1e-5 of their size, distances to its square."""
+NONE = "none of these"
 
 
 @dataclass(frozen=True)
-class Candidates:
-    """Predictions (candidate, batch, n_pairs), fp64, with each one's family, its setting in words, and its step.
+class Fit:
+    """One algorithm with the settings that were chosen, as it is or with a scale and a shift.
 
-    Where a prediction is a probability of each symbol it has one more axis, and 0 stands for knowing nothing.
-    ``step`` is the number of steps where the family counts steps, else −1.
+    distance   on the prompts that did not choose
+    free       settings that were chosen, a scale and a shift among them
+    steps      number of steps; −1 where none are counted
+    power      whether the scale is a power of probabilities
     """
 
-    family: tuple[str, ...]
-    setting: tuple[str, ...]
-    step: tuple[int, ...]
-    prediction: Float[Tensor, "candidate batch n_pairs *symbol"]
+    name: str
+    setting: str
+    distance: Interval
+    free: int
+    steps: int = -1
+    scale: float = 1.0
+    shift: float = 0.0
+    scaled: bool = False
+    power: bool = False
+
+    def said(self) -> str:
+        """Name, settings, and the scale and shift where there are any."""
+        text = f"{self.name} ({self.setting})" if self.setting else self.name
+        if not self.scaled:
+            return text
+        if self.power:
+            return f"{text} to the power {self.scale:.3g}"
+        sign = "−" if self.shift < 0 else "+"
+        return f"{text} × {self.scale:.3g}" + (f" {sign} {abs(self.shift):.2g}" if abs(self.shift) >= 5e-3 else "")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a set of fits allows to be said.
+
+    best   the named one; where nothing fits, the nearest
+    fits   whether it does; only then it is named
+    ties   others that are as near, and predict something else
+    same   others that are as near because they predict the same
+    """
+
+    best: Fit
+    fits: bool
+    ties: tuple[str, ...] = ()
+    same: tuple[str, ...] = ()
 
     __repr__ = brief
 
     @property
-    def families(self) -> list[str]:
-        """Each family once, in order."""
-        return list(dict.fromkeys(self.family))
+    def name(self) -> str:
+        """The algorithm's, or NONE."""
+        return self.best.name if self.fits else NONE
 
+    @property
+    def clear(self) -> bool:
+        """Whether there is a name and no tie."""
+        return self.fits and not self.ties
 
-def candidates(batch: Batch, steps: int = STEPS) -> Candidates:
-    """Zero, averaging, k-NN, online and batch gradient descent, GD++, Newton, ridge and least squares on ``batch``.
-
-    GD, GD++ and Newton are there after 1, 2, … ``steps`` steps; GD with the fastest step size of each prompt, and with
-    step sizes that are the same for all.
-    """
-    whole_number("steps", steps, least=1)
-    x, y = batch.x.double().cpu(), batch.y.double().cpu()
-    spectrum = iterative.Spectrum.of(x, y)
-    rows: list[tuple[str, str, int, Tensor]] = [("zero", "", -1, torch.zeros_like(y))]
-    pairs = _Pairs(x, y)
-    rows.append(("averaging", "", -1, estimators.averaging()(pairs)))
-    rows += [("k-NN", f"{n} nearest", -1, estimators.knn(n)(pairs)) for n in NEIGHBOURS]
-    for (rate, keep), one in zip(ONLINE, iterative.online_gd_path(x, y, ONLINE), strict=True):
-        rows.append(("online GD", f"rate {rate:g}, forgetting {keep:g}", -1, one))
-    paths = {
-        ("GD", "fastest rate"): iterative.gd_path(x, y, steps, spectrum=spectrum),
-        **{("GD", f"rate {r:g}"): iterative.gd_path(x, y, steps, r, spectrum=spectrum) for r in RATES},
-        ("GD++", "iterated"): iterative.gdpp_path(x, y, steps, spectrum=spectrum),
-        ("GD++", "once"): iterative.gdpp_path(x, y, steps, form="once", spectrum=spectrum),
-        ("Newton", ""): iterative.newton_path(x, y, steps, spectrum=spectrum),
-    }
-    for (family, setting), path in paths.items():
-        rows += [(family, ", ".join(filter(None, (setting, _steps(t)))), t, path[t]) for t in range(1, steps + 1)]
-    rows += [("ridge", f"α = {alpha:g}", -1, estimators.ridge(alpha)(pairs)) for alpha in PENALTIES]
-    rows.append(("least squares", "", -1, estimators.ols()(pairs)))
-    families, settings, taken, predictions = zip(*rows, strict=True)
-    return Candidates(families, settings, taken, torch.stack(predictions))
+    def said(self) -> str:
+        """One phrase: the name with its ties, or none and the nearest."""
+        if not self.fits:
+            return f"{NONE}, nearest {self.best.said()}"
+        return self.best.said() + (f", not told apart from {' or '.join(self.ties)}" if self.ties else "")
 
 
 @dataclass(frozen=True)
 class Match:
-    """One prediction against all candidates.
+    """One block's predictions against all algorithms.
 
-    family     name → (setting chosen on the first half, distance on the other half with its interval)
-    best       the family nearest on the first half
-    lead       runner-up's distance minus the best's, on the other half; the best is clear where its interval is > 0
-    steps      the best candidate's number of steps and its interval over resamples of the first half; (−1, −1, −1)
-               where the best family counts none
-    agreement  share of those resamples in which the best family stays the best
+    raw, scaled   name → fit, as it is and with a scale and a shift
+    as_it_is      the verdict on ``raw`` alone; what an algorithm's name should rest on
+    named         the verdict on both
+    truth         the distance of the targets themselves: an algorithm that is no nearer shows accuracy and no more;
+                  None where there are no targets in this unit
     """
 
-    family: dict[str, tuple[str, Interval]]
-    best: str
-    lead: Interval
-    steps: tuple[int, int, int]
-    agreement: float
+    raw: dict[str, Fit]
+    scaled: dict[str, Fit]
+    as_it_is: Verdict
+    named: Verdict
+    truth: Interval | None = None
 
-    @property
-    def clear(self) -> bool:
-        """Whether the best family is told apart from the runner-up."""
-        return float(self.lead.low) > 0
+
+CONSTANT = Fit("a constant", "", Interval(*(np.array(np.nan) for _ in range(3)), n=0), 1)
+"""In the place of a match where predictions are the same for every prompt and k: there is nothing to explain."""
 
 
 def match(
-    prediction: Float[Tensor, "batch n_pairs *symbol"],
+    predictions: Float[Tensor, "block batch n_pairs *symbol"],
     found: Candidates,
     ks: Sequence[int],
-    n_boot: int = 400,
+    by_k: bool = False,
+    targets: Float[Tensor, "batch n_pairs"] | None = None,
     seed: int = 0,
-) -> Match:
-    """``prediction`` against every candidate over the examples ``ks``; the first half of the prompts chooses.
+) -> list[list[Match]]:
+    """Each block's predictions against every algorithm, over the examples ``ks`` together or after each k alone: for
+    each block one match, or one for each k. The first half of the prompts chooses settings and scale.
 
-    Raises ``BadArgument`` where the prediction has other axes than the candidates, is zero throughout (every distance
-    would be 0 ÷ 0), or has fewer than four prompts.
+    Raises ``BadArgument`` where there are fewer than four prompts, or no examples.
     """
-    own = prediction.detach().double().cpu()
-    if own.shape != found.prediction.shape[1:]:
-        raise BadArgument(
-            f"the prediction has shape {tuple(own.shape)}, the candidates {tuple(found.prediction.shape[1:])}"
-        )
-    half = len(own) // 2
-    at = torch.tensor(list(ks), device=own.device)
+    at = torch.tensor(list(ks), dtype=torch.long, device="cpu")
+    prompts = predictions.shape[1]
+    half = prompts // 2
     if half < 2 or not len(at):
         raise BadArgument(
-            f"{len(own)} prompts and {len(at)} examples are too few to choose on one half and judge on another"
+            f"{prompts} prompts and {len(at)} examples are too few to choose on one half and judge on another"
         )
-    size = own[:, at].square().flatten(1).sum(1).numpy()
-    if not size[:half].any() or not size[half:].any():
-        raise BadArgument("the prediction is zero in every example; there is nothing to match")
-    miss = (found.prediction[:, :, at] - own[:, at]).square().flatten(2).sum(2).T.numpy()
-    nearest = {name: _nearest(miss[:half].mean(0), found, name) for name in found.families}
-    order = sorted(nearest, key=lambda name: float(miss[:half, nearest[name]].mean()))
-    best, second = nearest[order[0]], nearest[order[1]]
-    distance = ratio(miss[half:, list(nearest.values())], size[half:, None].repeat(len(nearest), 1), seed=seed)
-    judged = {name: (found.setting[i], one) for (name, i), one in zip(nearest.items(), distance.each(), strict=True)}
-    scale = float(size[half:].mean())
-    lead = bootstrap((miss[half:, second] - miss[half:, best]) / scale, seed=seed)
-
-    counts = np.random.default_rng(seed).multinomial(half, np.full(half, 1 / half), size=n_boot)
-    again = (counts @ miss[:half]).argmin(1)
-    families = np.array(found.family)
-    agreement = float((families[again] == order[0]).mean())
-    return Match(judged, order[0], lead, _step_interval(found, order[0], best, counts @ miss[:half]), agreement)
+    own = predictions.detach().double().cpu()
+    own = (own if own.ndim > 3 else own[..., None])[:, :, at]
+    truth = None if targets is None else targets.detach().double().cpu()[half:, at, None]
+    choosing, judging = Where(slice(0, half), at), Where(slice(half, prompts), at)
+    groups = len(at) if by_k else 1
+    entries = list(_entries(own, found, choosing, judging, groups))
+    return [
+        [_match(entries, own[block, half:], truth, block, group, by_k, seed) for group in range(groups)]
+        for block in range(len(own))
+    ]
 
 
 @dataclass(frozen=True)
-class _Pairs:
-    x: Float[Tensor, "batch n_pairs d"]
-    y: Float[Tensor, "batch n_pairs"]
+class _Entry:
+    """One algorithm, as it is or scaled: for each block and group its form, the settings, scale and shift, what it
+    leaves of the choosing prompts, and what it predicts of the judging ones.
+    """
+
+    name: str
+    scaled: bool
+    power: bool
+    order: int
+    forms: list[list[tuple[Family, list[float]]]]
+    scale: NDArray[np.float64]
+    shift: NDArray[np.float64]
+    chosen: NDArray[np.float64]
+    predicted: Float[Tensor, "block batch k symbol"]
 
 
-def _steps(count: int) -> str:
-    return f"{count} step" if count == 1 else f"{count} steps"
+def _entries(own: Tensor, found: Candidates, choosing: Where, judging: Where, groups: int) -> Iterator[_Entry]:
+    for scaled in (False, True):
+        affine = scaled and not found.scaled
+        families = found.scaled if scaled and found.scaled else found.families
+        for order, name in enumerate(found.names):
+            forms = [family for family in families if family.name == name]
+            if forms:
+                tried = [_tried(form, own, found, choosing, judging, groups, scaled, affine) for form in forms]
+                yield _entry(name, order, scaled, scaled and not affine, forms, tried)
 
 
-def _nearest(miss: NDArray[np.float64], found: Candidates, family: str) -> int:
-    """The index of the family's candidate with the smallest mean."""
-    members = [i for i, name in enumerate(found.family) if name == family]
-    return members[int(np.argmin(miss[members]))]
+def _tried(
+    form: Family,
+    own: Tensor,
+    found: Candidates,
+    choosing: Where,
+    judging: Where,
+    groups: int,
+    scaled: bool,
+    affine: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Settings, scale, shift and cost of one form by block and group, and its predictions of the judging prompts."""
+    mine = own[:, choosing.prompts]
+    settings = fitted(form, mine, choosing, groups, affine, found.begun(form, fewer(choosing)))
+    seen, guess = (form.predict(settings, where) for where in (choosing, judging))
+    scale, shift = torch.ones_like(settings[..., 0]), torch.zeros_like(settings[..., 0])
+    if affine:
+        scale, shift = scale_and_shift(mine, seen, groups)
+        seen, guess = (scale[:, None, :, None] * part + shift[:, None, :, None] for part in (seen, guess))
+    elif scaled:
+        scale = settings[..., -1]
+    left = (mine - seen).square().sum((1, 3))
+    cost = left if groups > 1 else left.sum(1, keepdim=True)
+    return settings, scale, shift, cost.nan_to_num(torch.inf, torch.inf), guess
 
 
-def _step_interval(found: Candidates, family: str, best: int, draws: NDArray[np.float64]) -> tuple[int, int, int]:
-    """The best candidate's step and the central 95 % of the best steps of its family over the resamples."""
-    if found.step[best] < 0:
-        return -1, -1, -1
-    members = np.array([i for i, name in enumerate(found.family) if name == family])
-    steps = np.array(found.step)[members[draws[:, members].argmin(1)]]
-    low, high = np.quantile(steps, [0.025, 0.975], method="inverted_cdf")
-    return found.step[best], int(low), int(high)
+def _entry(
+    name: str, order: int, scaled: bool, power: bool, forms: list[Family], tried: list[tuple[Tensor, ...]]
+) -> _Entry:
+    """The best form for each block and group."""
+    settings, *rest = zip(*tried, strict=True)
+    scale, shift, cost, guess = (torch.stack(part) for part in rest)
+    which = cost.argmin(0)  # (block, group)
+    guess = torch.take_along_dim(guess, which[None, :, None, :, None], dim=0)[0]
+    scale, shift, cost = (torch.take_along_dim(part, which[None], dim=0)[0].numpy() for part in (scale, shift, cost))
+    chosen = [
+        [(forms[int(form)], settings[int(form)][block, group].tolist()) for group, form in enumerate(row)]
+        for block, row in enumerate(which)
+    ]
+    return _Entry(name, scaled, power, order, chosen, scale, shift, cost, guess)
+
+
+def _match(
+    entries: list[_Entry], own: Tensor, truth: Tensor | None, block: int, group: int, by_k: bool, seed: int
+) -> Match:
+    at = slice(group, group + 1) if by_k else slice(None)
+    mine = own[:, at]
+    spread = (mine - mine.mean((0, 1), keepdim=True)).square().sum((1, 2)).numpy()
+    if spread.sum() <= ROUNDING**2 * float(mine.square().sum()) or not spread.any():
+        verdict = Verdict(CONSTANT, fits=False)
+        return Match({}, {}, verdict, verdict)
+    guesses = [entry.predicted[block][:, at] for entry in entries]
+    compared = guesses if truth is None else [*guesses, truth[:, at]]
+    miss = np.stack([(mine - guess).square().sum((1, 2)).numpy() for guess in compared], axis=1)
+    bounded = np.minimum(np.nan_to_num(miss, nan=np.inf, posinf=np.inf), 1e12 * spread.mean())
+    distance = ratio(bounded, spread[:, None].repeat(miss.shape[1], 1), seed=seed).each()
+    fits = [_fit(entry, block, group, one) for entry, one in zip(entries, distance, strict=False)]
+    bounded = bounded[:, : len(entries)] / spread.mean()
+    chosen = np.array([entry.chosen[block, group] for entry in entries])
+
+    def verdict(among: list[int]) -> Verdict:
+        nearest = min(among, key=lambda i: float(chosen[i]))
+        behind = bootstrap(bounded[:, among] - (1 + MARGIN) * bounded[:, [nearest]], seed=seed)
+        level = [i for i, low in zip(among, behind.low, strict=True) if i == nearest or low <= ROUNDING]
+        able = [i for i in level if float(fits[i].distance.high) <= FIT]
+        if not able:
+            return Verdict(fits[nearest], fits=False)
+        best = min(able, key=lambda i: (fits[i].scaled, fits[i].free, entries[i].order))
+        others = [i for i in level if entries[i].name != entries[best].name]
+        apart = MARGIN * float(fits[best].distance.mean) + 10 * ROUNDING
+        alike = {i: float((guesses[i] - guesses[best]).square().sum()) <= apart * spread.sum() for i in others}
+        same = {entries[i].name for i in others if alike[i]}
+        ties = {entries[i].name for i in others} - same
+        ordered = list(dict.fromkeys(entry.name for entry in entries))
+        return Verdict(fits[best], True, *(tuple(name for name in ordered if name in names) for names in (ties, same)))
+
+    raw = [i for i, entry in enumerate(entries) if not entry.scaled]
+    return Match(
+        {entries[i].name: fits[i] for i in raw},
+        {entry.name: one for entry, one in zip(entries, fits, strict=True) if entry.scaled},
+        verdict(raw),
+        verdict(list(range(len(entries)))),
+        None if truth is None else distance[-1],
+    )
+
+
+def _fit(entry: _Entry, block: int, group: int, distance: Interval) -> Fit:
+    form, row = entry.forms[block][group]
+    steps = -1 if form.counts is None else round(row[form.counts])
+    scale, shift = float(entry.scale[block, group]), float(entry.shift[block, group])
+    free = form.free + 2 * entry.scaled
+    return Fit(entry.name, form.words(row), distance, free, steps, scale, shift, entry.scaled, entry.power)

@@ -6,8 +6,9 @@ Each draws its prompts from its own part of the subject's stream "probe", so tha
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,8 +20,10 @@ from hooks.brief import brief
 from hooks.inputs import fed
 from interp import estimators, probe, seeds
 from interp.estimators.iterative import sums_before
-from interp.layers import lens, matching, symbols
+from interp.layers import families, lens, matching, symbols
+from interp.layers.families import Candidates
 from interp.tasks.base import Batch, Task, TokenTask
+from interp.workers import side_by_side
 
 TARGETS = ("w", "w_ols", "Xty", "y", "direction", "label", "Xty_clean", "n_clean", "table", "estimate", "row", "counts")
 """The task's variables that are probed for, where it has them."""
@@ -267,16 +270,16 @@ def features(model: Any, batch: Batch) -> dict[tuple[str, int], Float[Tensor, "b
 
 @dataclass(frozen=True)
 class Map:
-    """Every block at every k, on the CPU: ``raw`` errors, and predictions ``calibrated`` to the labels' unit.
+    """Every block at every k, on the CPU: predictions as the model says them, and ``raw`` errors.
 
-    Of symbols, ``decoded`` is log p, and ``calibrated`` is p less that of one who knows nothing.
+    Of symbols, ``decoded`` is log p, and ``answers`` are p less that of one who knows nothing; else they are equal.
     ``trained``: number of k of the task itself; from there on prompts are longer than in training.
     """
 
     batch: Batch
     decoded: Float[Tensor, "block batch n_pairs *symbol"]
     raw: Float[Tensor, "block batch n_pairs"]
-    calibrated: Float[Tensor, "block batch n_pairs *symbol"]
+    answers: Float[Tensor, "block batch n_pairs *symbol"]
     trained: int
 
     __repr__ = brief
@@ -287,56 +290,65 @@ class Map:
 
 
 def error_map(subject: Subject, n: int) -> Map:
-    """``n`` prompts of the longest length; the calibration is fitted on the first half of them and on trained k ≥ 1."""
+    """``n`` prompts of the longest length."""
     task, trained = subject.task, subject.task.n_pairs
     batch = subject.sample(n, 1, subject.longest)
     if subject.symbols:
         given, batch = symbols.logits(subject.model, batch).cpu(), batch.to("cpu")
-        fit = symbols.calibrate(given[:, : n // 2, :trained], batch.targets[: n // 2, :trained])
-        decoded, calibrated = given.log_softmax(-1), fit(given).exp() - symbols.uniform(task, batch).exp()
+        decoded = given.log_softmax(-1)
+        answers = decoded.double().exp() - symbols.uniform(task, batch).double().exp()
     else:
-        decoded = lens.decode(subject.model, lens.along(subject.model, batch)).cpu()
+        answers = decoded = lens.decode(subject.model, lens.along(subject.model, batch)).cpu()
         batch = batch.to("cpu")
-        calibrated = lens.calibrated(decoded, batch.targets, slice(0, n // 2), slice(1, trained))
-    return Map(batch, decoded, lens.errors(task, decoded, batch), calibrated, trained)
+    return Map(batch, decoded, lens.errors(task, decoded, batch), answers, trained)
 
 
-def candidates(subject: Subject, levels: Map) -> matching.Candidates | None:
+def candidates(subject: Subject, levels: Map) -> Candidates | None:
     """The algorithms that the task's answers could come from; none where it has neither a w nor a table, or a prompt
     has no context.
     """
     if levels.trained < 2 or not (subject.linear or subject.chain):
         return None
     within = levels.within()
-    return matching.candidates(within) if subject.linear else symbols.candidates(subject.task, within)
+    return families.candidates(within) if subject.linear else symbols.candidates(subject.task, within)
 
 
-def matches(levels: Map, found: matching.Candidates | None, seed: int) -> list[matching.Match]:
-    """Each block's nearest algorithm over the trained numbers of examples; none where nothing is matched."""
-    if found is None or levels.trained < 2:
-        return []
-    own = levels.calibrated[:, :, : levels.trained]
-    return [matching.match(one, found, range(1, levels.trained), seed=seed) for one in own]
-
-
-def matches_by_k(
-    levels: Map, found: matching.Candidates | None, ks: Sequence[int], seed: int
-) -> dict[tuple[int, int], matching.Match]:
-    """The nearest algorithm after each number of examples, chosen for it alone: (block, k) → match.
-
-    The last block after every k ≥ 1 within training, every other block after ``ks``.
+def matches(
+    levels: Map, found: Candidates | None, ks: Sequence[int], seed: int, device: str = "cpu"
+) -> tuple[list[matching.Match], dict[tuple[int, int], matching.Match]]:
+    """Each block's algorithm over the trained numbers of examples k ≥ 1, and (block, k) → that after k examples, fitted
+    for it alone: of the last block after every such k, of every other after ``ks``. Both empty where nothing is
+    matched.
     """
-    if found is None or levels.trained < 2:
-        return {}
-    own, last = levels.calibrated[:, :, : levels.trained], len(levels.calibrated) - 1
-    asked = [(block, k) for block in range(last) for k in ks if 0 < k < levels.trained]
-    asked += [(last, k) for k in range(1, levels.trained)]
-    return {(block, k): matching.match(own[block], found, [k], seed=seed) for block, k in asked}
+    if found is None:
+        return [], {}
+    every, last = range(1, levels.trained), len(levels.answers) - 1
+    some = [k for k in ks if k in every]
+
+    def job(blocks: slice, ks: Sequence[int], by_k: bool) -> Callable[[], list[list[matching.Match]]]:
+        answers = levels.answers[blocks]
+        return partial(matching.match, answers, found, ks, by_k=by_k, targets=_goal(levels), seed=seed)
+
+    jobs = [job(slice(None), every, False), job(slice(last, None), every, True)]
+    jobs += [job(slice(0, last), some, True)] if some and last else []
+    together, final, *others = side_by_side(jobs, device=device)
+    by_k = {
+        (block, k): one
+        for block, row in enumerate(others[0] if others else [])
+        for k, one in zip(some, row, strict=True)
+    }
+    by_k |= {(last, k): one for k, one in zip(every, final[0], strict=True)}
+    return [one for (one,) in together], by_k
+
+
+def _goal(levels: Map) -> Tensor | None:
+    """What the answers should have been, in their unit; none for symbols."""
+    return levels.batch.targets if levels.answers.ndim == 3 else None
 
 
 def elsewhere(subject: Subject, levels: Map) -> tuple[str, Tensor]:
     """What least squares (of symbols: counting) finds on the same inputs with another w's labels (another chain's
-    symbols), in the unit of ``levels.calibrated``, and its name: nothing that the model could be near to.
+    symbols), in the unit of ``levels.answers``, and its name: nothing that the model could be near to.
     """
     task = subject.task
     batch = task.corrupt(levels.within(), seeds.generator("corrupt", subject.seed))

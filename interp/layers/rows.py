@@ -10,7 +10,9 @@ import pandas as pd
 from jaxtyping import Float
 from torch import Tensor
 
+from interp.estimators import iterative
 from interp.layers import matching
+from interp.layers.families import Candidates
 from interp.layers.readings import SUMS, Lens, Map, Probed, Subject
 from interp.result import numbers
 from interp.stats import Interval, bootstrap
@@ -66,19 +68,26 @@ def probe_rows(probes: list[Probed]) -> list[Row]:
 
 
 def match_rows(matches: list[matching.Match], by_k: ByK, ks: Sequence[int]) -> list[Row]:
-    """The distance of every block to every family at its best setting, then the nearest family: over all numbers of
-    examples, then after each of ``ks`` alone.
+    """The distance of every block to every algorithm at its best settings, as it is and with a scale and a shift, then
+    the verdicts: over all numbers of examples, then after each of ``ks`` alone.
     """
     rows = [row for block, one in enumerate(matches) for row in _match_rows(one, block)]
     return rows + [row for (block, k), one in by_k.items() if k in ks for row in _match_rows(one, block, str(k))]
 
 
 def _match_rows(one: matching.Match, block: int, k: str = "") -> list[Row]:
-    rows = [_row("match", block, name, each, setting=setting, k=k) for name, (setting, each) in one.family.items()]
-    setting, interval = one.family[one.best]
-    sure = "" if one.clear else ", not told apart from the next"
-    steps = "" if one.steps[0] < 0 else f", steps [{one.steps[1]}, {one.steps[2]}]"
-    return [*rows, _row("match", block, f"nearest: {one.best}{sure}", interval, setting=f"{setting}{steps}", k=k)]
+    rows = []
+    for fit in one.raw.values():
+        rows.append(_row("match", block, fit.name, fit.distance, setting=fit.setting, k=k))
+    for fit in one.scaled.values():
+        by = fit.said().removeprefix(fit.name).strip()
+        rows.append(_row("match", block, f"{fit.name}, scaled", fit.distance, setting=by, k=k))
+    if one.truth is not None:
+        rows.append(_row("match", block, "the labels themselves", one.truth, k=k))
+    for how, verdict in (("as it is", one.as_it_is), ("with a scale", one.named)):
+        setting = verdict.said().removeprefix(verdict.name).strip(" ,")
+        rows.append(_row("match", block, f"{how}: {verdict.name}", verdict.best.distance, setting=setting, k=k))
+    return rows
 
 
 def map_rows(levels: Map, subject: Subject) -> list[Row]:
@@ -126,32 +135,66 @@ def probe_arrays(probes: list[Probed]) -> dict[str, np.ndarray]:
 
 
 def match_arrays(
-    matches: list[matching.Match], by_k: ByK, found: matching.Candidates | None, levels: Map
+    matches: list[matching.Match], by_k: ByK, found: Candidates | None, levels: Map
 ) -> dict[str, np.ndarray]:
-    """``match`` (family, 3, block); for the last block ``match_by_k`` (family, 3, k − 1); GD and GD++ by step, where
-    they are among the algorithms.
+    """``match`` and ``match_scaled`` (family, 3, block): distances as it is, and with a scale and a shift; for the last
+    block ``match_by_k`` (family, 3, k − 1); what the verdicts say; GD and GD++ by step, where they are among the
+    algorithms. NaN where a block's predictions are the same throughout.
     """
     if not matches or found is None:
         return {}
-    families = list(matches[0].family)
     last = [one for (block, _), one in by_k.items() if block == len(matches) - 1]
     return {
-        "match_families": np.array(families),
-        "match": np.array([_stack([one.family[name][1] for one in matches]) for name in families]),
-        "match_best": np.array([one.best for one in matches]),
-        "match_setting": np.array([one.family[one.best][0] for one in matches]),
-        "match_clear": np.array([one.clear for one in matches]),
-        "match_steps": np.array([one.steps for one in matches]),
-        "match_agreement": np.array([one.agreement for one in matches]),
-        "match_by_k": np.array([_stack([one.family[name][1] for one in last]) for name in families]),
-        "match_by_k_best": np.array([one.best for one in last]),
-        "match_by_k_setting": np.array([one.family[one.best][0] for one in last]),
-        "match_by_k_clear": np.array([one.clear for one in last]),
-        **{
-            name: _descent(levels, found, which, len(matches))
-            for name, which in {"descent_gd": ("GD", "fastest"), "descent_gdpp": ("GD++", "iterated")}.items()
-            if which[0] in found.family
-        },
+        "match_families": np.array(found.names),
+        "match": _distances([one.raw for one in matches], found),
+        "match_scaled": _distances([one.scaled for one in matches], found),
+        "match_by_k": _distances([one.raw for one in last], found),
+        "match_fit": np.array(matching.FIT),
+        **_verdicts("match", matches),
+        **_verdicts("match_by_k", last),
+        **descents(levels, len(matches), found),
+    }
+
+
+def last_block(matches: list[matching.Match]) -> dict[str, Any]:
+    """The verdicts on the model's own predictions, as JSON values; empty where nothing is matched."""
+    if not matches:
+        return {}
+    verdicts = {"as it is": matches[-1].as_it_is, "with a scale": matches[-1].named}
+    return {
+        how: {
+            "name": one.name,
+            "said": one.said(),
+            "nearest": one.best.said(),
+            "ties": list(one.ties),
+            "same": list(one.same),
+            **{end: _finite(getattr(one.best.distance, end)) for end in ("mean", "low", "high")},
+        }
+        for how, one in verdicts.items()
+    }
+
+
+def _finite(value: Any) -> float | None:
+    return float(value) if np.isfinite(value) else None
+
+
+def _distances(fits: Sequence[Mapping[str, matching.Fit]], found: Candidates) -> Float[np.ndarray, "family 3 entry"]:
+    nothing = matching.CONSTANT
+    return np.array([_stack([one.get(name, nothing).distance for one in fits]) for name in found.names])
+
+
+def _verdicts(key: str, matches: Sequence[matching.Match]) -> dict[str, np.ndarray]:
+    """By entry: the name as it is and with a scale, the whole phrase of both, and whether it has no ties."""
+    return {
+        f"{key}_name": np.array([one.as_it_is.name for one in matches]),
+        f"{key}_said": np.array([one.as_it_is.said() for one in matches]),
+        f"{key}_clear": np.array([one.as_it_is.clear for one in matches]),
+        f"{key}_steps": np.array([one.as_it_is.best.steps for one in matches]),
+        f"{key}_scaled_name": np.array([one.named.name for one in matches]),
+        f"{key}_scaled_said": np.array([one.named.said() for one in matches]),
+        f"{key}_scaled_clear": np.array([one.named.clear for one in matches]),
+        f"{key}_nearest": _stack([one.as_it_is.best.distance for one in matches]),
+        f"{key}_scaled_nearest": _stack([one.named.best.distance for one in matches]),
     }
 
 
@@ -165,19 +208,21 @@ def map_arrays(levels: Map) -> dict[str, np.ndarray]:
     }
 
 
-def _descent(
-    levels: Map, found: matching.Candidates, which: tuple[str, str], blocks: int
-) -> Float[np.ndarray, "block"]:
-    """The error ÷ that of zero after 0, 1, … steps, one a block, at the last trained k."""
-    k = levels.trained - 1
-    goal = levels.batch.y[:, k].double()
-    steps = {
-        step: i
-        for i, (family, setting, step) in enumerate(zip(found.family, found.setting, found.step, strict=True))
-        if family == which[0] and setting.startswith(which[1])
+def descents(levels: Map, blocks: int, found: Candidates) -> dict[str, np.ndarray]:
+    """``descent_gd``, ``descent_gdpp``: the error ÷ that of zero after 0, 1, … steps, one a block, at the last trained
+    k; each prompt's own fastest rates. Empty where gradient descent is no algorithm of the task.
+    """
+    if "GD" not in found.names:
+        return {}
+    within, k = levels.within(), levels.trained - 1
+    x, y = within.x.double(), within.y.double()
+    spectrum = iterative.Spectrum.of(x, y)
+    paths = {
+        "descent_gd": iterative.gd_path(x, y, blocks - 1, spectrum=spectrum),
+        "descent_gdpp": iterative.gdpp_path(x, y, blocks - 1, spectrum=spectrum),
     }
-    errors = [(found.prediction[steps[t]][:, k] - goal).square().mean() for t in range(1, blocks) if t in steps]
-    return np.array([1.0, *(float(error / goal.square().mean()) for error in errors)])
+    whole = y[:, k].square().mean()
+    return {name: ((path[:, :, k] - y[:, k]).square().mean(1) / whole).numpy() for name, path in paths.items()}
 
 
 def _row(part: str, block: int, what: str, interval: Interval, **more: str) -> Row:

@@ -10,26 +10,28 @@ Every position is a query with the context before it, so nothing is forked: one 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot
 
 from hooks.brief import brief
 from interp import estimators
-from interp.estimators.chains import forgetting
+from interp.estimators.chains import contexts, forgetting
 from interp.layers import lens
-from interp.layers.matching import Candidates
+from interp.layers.families import Candidates, Family, Predictions, Settings, Where, around, known, rows
 from interp.tasks.base import Batch, Task, guess
 
 Logits = Float[Tensor, "block batch n_pairs vocabulary"]
 GROUPS = 8
 """Groups of prompts, each with a fit of its own, that give the scale its interval."""
-BETAS = (0.1, 0.3, 1.0, 3.0)
-KEPT = (0.99, 0.97, 0.9, 0.8)
+DECAYS = (0.01, 0.05, 0.25)
+"""Starts of what a count loses a symbol, as −log of what it keeps."""
 DAMPING = 1e-5
 """Weight of (a − 1)² and b² in the fit, against the mean of −log p: a symbol that never comes has no finite b."""
 
@@ -79,23 +81,79 @@ def candidates(task: Task, batch: Batch) -> Candidates:
     """Estimators of Markov chains on ``batch``: what each makes more probable than knowing nothing does, p − p_0.
 
     Frequencies of the symbols alone, add-β for chains of orders up to one above the task's, and add-β for the task's
-    order in which what was counted fades by a factor a symbol. ``task`` is a Markov chain's.
+    order in which what was counted fades by a factor a symbol; β and the factor are fitted. A scale is a power of the
+    probabilities, as a factor of the logits is. ``task`` is a Markov chain's.
     """
-    options = {"n_symbols": task.config["n_symbols"], "switch": task.config["switch"]}
-    order = task.config["order"]
-    rows = [("zero", "", uniform(task, batch))]
-    rows += [("frequencies", f"β = {beta:g}", forgetting(0, beta, **options)(batch)) for beta in BETAS]
-    for depth in range(1, order + 2):
-        family = f"add-β, order {depth}"
-        made = ((beta, estimators.build("add_beta", order=depth, beta=beta, **options)(batch)) for beta in BETAS)
-        rows += [(family, f"β = {beta:g}", one) for beta, one in made]
-    for keep in KEPT:
-        made = ((beta, forgetting(order, beta, keep, **options)(batch)) for beta in BETAS)
-        rows += [("fading add-β", f"keeps {keep:g}, β = {beta:g}", one) for beta, one in made]
-    families, settings, found = zip(*rows, strict=True)
-    nothing = uniform(task, batch).double().exp()
-    prediction = torch.stack([one.double().exp() - nothing for one in found])
-    return Candidates(families, settings, (-1,) * len(rows), prediction)
+    symbols, switch, order = task.config["n_symbols"], task.config["switch"] or 0.0, task.config["order"]
+    nothing = uniform(task, batch).double().exp().cpu()
+    counted = {depth: _Counted.of(batch.y, symbols, depth) for depth in range(order + 2)}
+    names = {0: "frequencies", **{depth: f"add-β, order {depth}" for depth in range(1, order + 2)}}
+
+    def family(name: str, depth: int, fades: bool, power: bool) -> Family:
+        def predict(settings: Settings, where: Where) -> Predictions:
+            counts = counted[depth].before(where, settings[..., 1] if fades else None) + settings[:, None, :, :1]
+            p = (1 - switch) * counts / counts.sum(-1, keepdim=True)
+            p = torch.cat([p, torch.full_like(p[..., :1], switch)], dim=-1)
+            if power:
+                p = p ** settings[:, None, :, -1:]
+                p = p / p.sum(-1, keepdim=True)
+            return p - nothing[where.prompts][:, where.ks]
+
+        columns = [(0.1, 0.5, 2.0)] + ([DECAYS] if fades else []) + ([(0.5, 1.0, 2.0)] if power else [])
+        words = _fading if fades else _added
+        fitted = tuple(range(len(columns)))
+        return Family(name, rows(*columns), fitted, None, 1 + fades, words, predict, *around(*columns))
+
+    zero = known("zero", [torch.zeros_like(nothing)], [""], free=0)
+    asked = [(name, depth, False) for depth, name in names.items()] + [("fading add-β", order, True)]
+    return Candidates(
+        (zero, *(family(*one, power=False) for one in asked)), tuple(family(*one, power=True) for one in asked)
+    )
+
+
+@dataclass(frozen=True)
+class _Counted:
+    """Which earlier examples count at each example, and what they were.
+
+    follows   (prompt, example k, example j): whether j comes before k, in the same chain, after the same context
+    symbol    (prompt, example j, symbol)
+    total     (prompt, example k, symbol): how often each has come
+    """
+
+    follows: Bool[Tensor, "batch k j"]
+    symbol: Float[Tensor, "batch j symbol"]
+    total: Float[Tensor, "batch k symbol"]
+
+    @staticmethod
+    def of(y: Int[Tensor, "batch n_pairs"], n_symbols: int, order: int) -> _Counted:
+        y = y.cpu()
+        context, whole = contexts(y, n_symbols, order)
+        ends = y == n_symbols
+        chain = ends.cumsum(1) - ends.long()
+        follows = (chain[:, :, None] == chain[:, None]) & (context[:, :, None] == context[:, None])
+        follows &= whole[:, :, None] & (whole & ~ends)[:, None]
+        follows = follows.tril(-1)
+        symbol = one_hot(y, n_symbols + 1)[..., :n_symbols].double()
+        total = torch.stack([some.double() @ each for some, each in zip(follows, symbol, strict=True)])
+        return _Counted(follows, symbol, total)
+
+    def before(self, where: Where, decay: Float[Tensor, "start group"] | None) -> Predictions:
+        """How often each symbol has come at the examples of ``where``; j symbols ago counts e^(−decay (j − 1))."""
+        if decay is None:
+            return self.total[where.prompts][None, :, where.ks]
+        ages = (where.ks[:, None] - 1 - torch.arange(self.symbol.shape[1])).clamp(min=0)
+        follows, symbol = self.follows[where.prompts][:, where.ks].double(), self.symbol[where.prompts]
+        weight = torch.exp(-decay[..., None] * ages)
+        # One start at a time: together they hold a matrix of examples for each prompt and start.
+        return torch.stack([(follows * one) @ symbol for one in weight])
+
+
+def _added(row: Sequence[float]) -> str:
+    return f"β = {row[0]:.3g}"
+
+
+def _fading(row: Sequence[float]) -> str:
+    return f"keeps {math.exp(-row[1]):.3g}, β = {row[0]:.3g}"
 
 
 def uniform(task: Task, batch: Batch) -> Float[Tensor, "batch n_pairs vocabulary"]:

@@ -266,7 +266,9 @@ def test_where_every_cell_fails_each_reason_is_said_and_nothing_is_drawn(
     assert "2 of 2 cells failed" in err and "mistake in the program" not in err
     (saved,) = (tmp_path / "sweep").glob("tiny-*")
     assert sorted(os.listdir(saved)) == ["arrays.npz", "result.json", "table.csv"]
-    assert list(Result.load(saved).table["failed"]) == [f"the disk of {name} is full" for name in ("mamba-two", "s4d-two")]
+    assert list(Result.load(saved).table["failed"]) == [
+        f"the disk of {name} is full" for name in ("mamba-two", "s4d-two")
+    ]
 
 
 @pytest.mark.contract

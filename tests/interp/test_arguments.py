@@ -42,7 +42,9 @@ HUGE = 999999999999999999999999999999
 
 @pytest.mark.parametrize("value", [HUGE, int("9" * 4200), 2**31])
 def test_more_than_any_tensor_holds_is_refused_in_a_short_line(value: int) -> None:
-    with pytest.raises(BadArgument, match=r"d=\d.* does not work; give a whole number, from 1 to 2147483647") as refused:
+    with pytest.raises(
+        BadArgument, match=r"d=\d.* does not work; give a whole number, from 1 to 2147483647"
+    ) as refused:
         whole_number("d", value, 1)
     assert len(str(refused.value)) < 150
     assert whole_number("d", 2**31 - 1, 1) == 2**31 - 1

@@ -118,19 +118,6 @@ def test_a_feature_that_knows_nothing_has_the_error_of_the_formula(m: int) -> No
     assert lens.floor(10) == pytest.approx(1.257, abs=1e-3)
 
 
-@pytest.mark.definition
-def test_the_calibration_uses_only_the_prompts_it_is_given() -> None:
-    rng = torch.Generator().manual_seed(0)
-    truth = torch.randn(8, 5, generator=rng)
-    decoded = torch.stack([4 * truth + 1, torch.zeros(8, 5)])
-    found = lens.calibrated(decoded, truth, slice(0, 4))
-    torch.testing.assert_close(found[0], truth.double(), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(found[1], truth[:4].double().mean().expand(8, 5))
-    other = truth.clone()
-    other[4:] = 0
-    torch.testing.assert_close(lens.calibrated(decoded, other, slice(0, 4)), found)
-
-
 @pytest.mark.planted
 @pytest.mark.parametrize(
     ("levels", "words", "log_words"),

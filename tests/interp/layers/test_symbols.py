@@ -12,6 +12,7 @@ import models
 from interp import estimators, evaluate, seeds, tasks
 from interp.estimators.chains import forgetting
 from interp.layers import lens, matching, readings, symbols
+from interp.layers.families import Where
 
 RIVALS = {"n_symbols": 3, "switch": 0.0}
 
@@ -74,23 +75,58 @@ def test_sums_count_symbols_up_to_the_one_that_is_read() -> None:
         torch.testing.assert_close(found[prompt], torch.cat([counts, last]))
 
 
+PLANTED = {
+    "add-β, order 1 (β = 0.7)": estimators.build("add_beta", beta=0.7, **RIVALS),
+    "add-β, order 2 (β = 0.4)": estimators.build("add_beta", order=2, beta=0.4, **RIVALS),
+    "frequencies (β = 3)": forgetting(0, 3.0, **RIVALS),
+    "fading add-β (keeps 0.93, β = 0.2)": forgetting(1, 0.2, 0.93, **RIVALS),
+}
+"""Counting estimators at settings that are in no list of ours."""
+
+
 @pytest.mark.planted
-@pytest.mark.parametrize(
-    ("family", "setting", "predictor"),
-    [
-        ("add-β, order 1", "β = 1", estimators.build("add_beta", beta=1.0, **RIVALS)),
-        ("add-β, order 2", "β = 0.3", estimators.build("add_beta", order=2, beta=0.3, **RIVALS)),
-        ("frequencies", "β = 3", forgetting(0, 3.0, **RIVALS)),
-        ("fading add-β", "keeps 0.9, β = 0.1", forgetting(1, 0.1, 0.9, **RIVALS)),
-    ],
-)
-def test_a_counting_estimator_is_found_and_no_other(family: str, setting: str, predictor: estimators.Estimate) -> None:
-    task, batch = chain()
-    noise = 1e-3 * torch.randn(40, 24, 4, generator=torch.Generator().manual_seed(0))
-    seen = predictor(batch).exp() - symbols.uniform(task, batch).exp() + noise
-    found = matching.match(seen, symbols.candidates(task, batch), range(1, 24))
-    assert (found.best, found.family[found.best][0], found.clear) == (family, setting, True)
-    assert float(found.family[family][1].mean) < 1e-3 < float(found.family["zero"][1].low)
+@pytest.mark.parametrize("how", ["raw", "squared"])
+def test_a_counting_estimator_is_found_and_no_other(how: str) -> None:
+    """As it is, and with logits twice as large: p² ÷ Σ p². Noise beside them is none of these."""
+    task, batch = chain(n=60)
+    nothing = symbols.uniform(task, batch).exp()
+    p = torch.stack([predictor(batch).exp() for predictor in PLANTED.values()])
+    p = p if how == "raw" else p.square() / p.square().sum(-1, keepdim=True)
+    noise = torch.randn(1, 60, 24, 4, generator=torch.Generator().manual_seed(0))
+    found = symbols.candidates(task, batch)
+    *planted, (random,) = matching.match(torch.cat([p - nothing, noise]), found, range(1, 24))
+    for said, (one,) in zip(PLANTED, planted, strict=True):
+        assert one.named.clear and one.named.said() == (said if how == "raw" else f"{said} to the power 2")
+        assert float(one.named.best.distance.mean) < 1e-8 < 1 <= float(one.raw["zero"].distance.mean)
+        if how == "raw":
+            assert one.as_it_is == one.named
+        else:
+            assert one.as_it_is.name in (matching.NONE, said.split(" (")[0]), "sharper is no other estimator"
+    assert random.as_it_is.name == random.named.name == matching.NONE
+
+
+@pytest.mark.definition
+@pytest.mark.parametrize("switch", [0.0, 0.2])
+def test_families_of_counts_are_the_estimators(switch: float) -> None:
+    task, batch = chain(n=5, switch=switch)
+    options = {"n_symbols": 3, "switch": switch}
+    where = Where(slice(1, 4), torch.tensor([0, 3, 4, 23]))
+    nothing = symbols.uniform(task, batch).exp().double()
+    found = symbols.candidates(task, batch)
+    for family, scaled in zip(found.families[1:], found.scaled, strict=True):
+        beta, *fades = family.starts[-1].tolist()
+        order = 0 if family.name == "frequencies" else int(family.name[-1]) if "order" in family.name else 1
+        keep = math.exp(-fades[0]) if fades else 1.0
+        expected = forgetting(order, beta, keep, **options)(batch).double().exp()
+        torch.testing.assert_close(
+            family.predict(family.starts[-1][None, None], where)[0],
+            (expected - nothing)[1:4][:, where.ks], rtol=1e-5, atol=1e-6,
+        )  # fmt: skip
+        power = torch.tensor([beta, *fades, 3.0]).double()
+        sharper = expected**3 / (expected**3).sum(-1, keepdim=True)
+        torch.testing.assert_close(
+            scaled.predict(power[None, None], where)[0], (sharper - nothing)[1:4][:, where.ks], rtol=1e-5, atol=1e-6
+        )
 
 
 @pytest.mark.law
