@@ -21,7 +21,7 @@ _FILES = {
     True: (CGROUPS, "memory.max", "memory.current", "inactive_file"),
     False: (CGROUPS / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 }
-"""By whether it is version 2: the root, the limit, what is in use, and how much of that is files that can be dropped."""
+"""By whether it is version 2: the root, the limit, what is in use, and how much of that can be dropped."""
 
 
 def free_memory(device: torch.device) -> int:

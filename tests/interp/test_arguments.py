@@ -70,7 +70,7 @@ def test_every_number_of_every_task_refuses_what_is_too_large(name: str) -> None
 
 @pytest.mark.parametrize("seed", [-1, HUGE])
 def test_a_seed_that_no_generator_takes_is_refused(seed: int) -> None:
-    with pytest.raises(BadArgument, match="seed=.* does not work"):
+    with pytest.raises(BadArgument, match=r"seed=.* does not work"):
         seeds.number("probe", seed)
     assert seeds.number("probe", 2**63 - 1) >= 0
 
