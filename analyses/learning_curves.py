@@ -124,16 +124,21 @@ def run(config: Config) -> Result:
                     left.append(f"{name} reads no prompts of {setting.n_pairs} pairs")
                 else:
                     lines.append(curve)
-            lines += curves.rival_errors(beside, setting, config.seed, fitted)
+            of_rivals, failed = curves.rival_errors(beside, setting, config.seed, fitted)
+            left += [f"no {who} on {setting.name}: {reason}" for who, reason in failed.items()]
+            lines += of_rivals
             tick()
             drawn.append(curve_rows.drawn(setting, lines, published.of(setting.task) if config.published else []))
+    if not drawn[0].curves:
+        raise BadArgument("; ".join(left))
+    shown = {curve.who for curve in drawn[0].curves}
     asked = {key: value for key, value in asdict(config).items() if key not in ("out", "json")}
     resolved = {"models": list(loaded), "rivals": [each.name for each in beside], "prompts": prompts, "fitted": fitted}
     return Result(
         config={**asked, **resolved, "shifts": [each.name for each in found], "task_config": task.config},
         table=curve_rows.table(drawn, config.reach),
         arrays=curve_rows.arrays(drawn),
-        checks=_checks(loaded, beside, task, drawn, config.seed),
+        checks=_checks(loaded, [each for each in beside if each.name in shown], task, drawn, config.seed),
         provenance={
             **provenance.provenance(seed=config.seed, device=config.device, seconds=time.perf_counter() - began),
             "weights": {name: models.digest(model) for name, model in loaded.items()},

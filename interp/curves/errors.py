@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooks.brief import brief
-from hooks.errors import BadArgument
+from hooks.errors import BadArgument, MambascopeError
 from interp import evaluate, seeds, shifts, stats
 from interp.arguments import name_and_options, several
 from interp.curves.rivals import Rival
@@ -136,17 +136,31 @@ def errors(name: str, model: Any, setting: Setting, seed: int) -> Curve | None:
     return Curve(name, "model", setting.ks, torch.cat(parts, dim=1).double().numpy())
 
 
-def rival_errors(rivals: Sequence[Rival], setting: Setting, seed: int, fitted: int) -> list[Curve]:
-    """The curves of all rivals; one that is fitted anew for each prompt has the first ``fitted`` prompts and few ks."""
+def rival_errors(
+    rivals: Sequence[Rival], setting: Setting, seed: int, fitted: int
+) -> tuple[list[Curve], dict[str, str]]:
+    """The curves of the rivals; one that is fitted anew for each prompt has the first ``fitted`` prompts and few ks.
+
+    And why there is none, by name, for a rival that refuses these prompts or whose errors on them are not finite: it
+    does not take the others with it.
+    """
     parts: dict[str, list[Tensor]] = {rival.name: [] for rival in rivals}
+    failed: dict[str, str] = {}
     for ks, batch in setting.batches(seed):
         own = setting.task.baselines(batch)
         for rival in rivals:
             seen = batch.take(slice(0, fitted)) if rival.fitted else batch
             asked = [k for k in ks if not rival.fitted or k in setting.fits]
-            if asked:
-                parts[rival.name].append(rival.errors(setting.task, seen, asked, own))
-    return [
+            if asked and rival.name not in failed:
+                try:
+                    error = rival.errors(setting.task, seen, asked, own)
+                except MambascopeError as reason:
+                    failed[rival.name] = str(reason)
+                    continue
+                if not bool(error.isfinite().all()):
+                    failed[rival.name] = "its errors are not finite"
+                parts[rival.name].append(error)
+    curves = [
         Curve(
             rival.name,
             "rival",
@@ -154,7 +168,9 @@ def rival_errors(rivals: Sequence[Rival], setting: Setting, seed: int, fitted: i
             torch.cat(parts[rival.name], dim=1).double().numpy(),
         )
         for rival in rivals
+        if rival.name not in failed
     ]
+    return curves, failed
 
 
 def without_mean(setting: Setting, who: str) -> tuple[int, ...]:
