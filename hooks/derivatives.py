@@ -34,10 +34,15 @@ def pull(
 
     seeds = tuple(grad for grad in grads if grad is not None)
     record = torch.is_grad_enabled()
+    found: tuple[Tensor | None, ...]
     with torch.enable_grad():
         views = [tensor.view_as(tensor) for k in wanted if (tensor := operands[k]) is not None]
         if all(view.requires_grad for view in views):
-            found = torch.autograd.grad(given(*views), views, seeds, create_graph=record, allow_unused=True)
+            reached = [(out, seed) for out, seed in zip(given(*views), seeds, strict=True) if out.requires_grad]
+            found = (None,) * len(views)
+            if reached:
+                ends, starts = zip(*reached, strict=True)
+                found = torch.autograd.grad(ends, views, starts, create_graph=record, allow_unused=True)
         else:  # below a transform of torch.func, which keeps to itself what requires a gradient
             found = torch.func.vjp(given, *views)[1](seeds)
     place = dict(zip(wanted, found, strict=True))

@@ -63,10 +63,9 @@ class Edit:
         for axis, index in enumerate(picks, start=1):
             region = region.index_select(axis, index.to(tensor.device))
         new = _conform(self.change(region, tensor, site), region, site, self.label)
-        result = tensor.clone()
-        place: Any = (slice(None), *torch.meshgrid(*picks, indexing="ij"))
-        result[place] = new
-        return result
+        # Not in place: under vmap ``new`` may stand for many, and ``tensor`` not. The batch, which is whole, goes last.
+        last, place = len(picks), torch.meshgrid(*picks, indexing="ij")
+        return tensor.movedim(0, last).index_put(place, new.movedim(0, last)).movedim(last, 0)
 
     def positions(self, length: int, site: str) -> list[int]:
         """The positions that the edit touches in a prompt of ``length`` tokens, in the order given."""

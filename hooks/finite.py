@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hooks.errors import NonFinite
+from hooks.transforms import everywhere, plain
 
 T = TypeVar("T")
 
@@ -132,10 +133,11 @@ def _place(point: Any, value: Tensor) -> str:
 
 def _finite(x: Tensor) -> bool:
     # A sum is one pass and is finite for all but huge values; only a hit is looked at closely.
-    return bool(torch.isfinite(x.sum())) or bool(torch.isfinite(x).all())
+    return everywhere(torch.isfinite(x.sum())) or everywhere(torch.isfinite(x))
 
 
 def _describe(x: Tensor) -> str:
+    x = plain(x)
     bad = ~torch.isfinite(x)
     first = tuple(int(i) for i in bad.nonzero()[0])
     what = "NaN" if bool(torch.isnan(x).any()) else "inf"

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hooks.derivatives import pull, push
+from hooks.transforms import every_order
 
 
 def exact(function: Callable[..., Tensor], *operands: Tensor) -> Tensor:
@@ -56,7 +57,8 @@ class _Exact(torch.autograd.Function):
         return None, *_Exact.apply(gradients, *operands, *grads)
 
     @staticmethod
-    def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> Any:
-        operands = ctx.saved_tensors
+    @every_order
+    def jvp(ctx: Any, saved: Any, _: None, *tangents: Tensor | None) -> Any:
+        operands = saved
         with torch.autocast(operands[0].device.type, enabled=False):
             return push(ctx.function, operands, tangents)

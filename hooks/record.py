@@ -15,6 +15,7 @@ from hooks.inputs import readable
 from hooks.memory import check_memory
 from hooks.point import HookedModule, add_reader, watched, why_silent
 from hooks.sites import Pattern, resolve
+from hooks.transforms import active
 
 
 class Record(Mapping[str, Tensor]):
@@ -88,12 +89,12 @@ def record(
     # Our models never write in place, so with no other hook about the first record of a tensor can be the tensor.
     # Copying would take longer than the scan: each state of 50 MB is a fresh page fault every 4 kB.
     alone = isinstance(model, HookedModule) and not watched(*model.hook_dict.values())
-    held = {_memory(tensor) for tensor in (x, *model.parameters())}
+    held = set() if active() else {_memory(tensor) for tensor in (x, *model.parameters())}
 
     def save(tensor: Tensor, hook: Any, name: str) -> None:
         if grad:
             values[name] = tensor
-        elif alone and _memory(tensor) not in held:
+        elif alone and not active() and _memory(tensor) not in held:
             held.add(_memory(tensor))
             values[name] = tensor.detach()
         else:

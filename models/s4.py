@@ -46,6 +46,7 @@ from torch.nn import functional as F
 from hooks.errors import BadArgument
 from hooks.point import emit, only_read, site, state_edits, watched
 from hooks.precision import exact
+from hooks.transforms import active
 from models.recurrence import recurrence
 from models.scan import constant_pair_states, convolution, kernel, pair_scan
 from models.stack import LayerState, Stack
@@ -240,9 +241,9 @@ def constant(delta: Inner) -> Tensor:
     """Δ (d_inner,) where it is the same for every token of the batch, else ``delta`` itself.
 
     A Δ that carries gradients counts as varying: its gradient at each token exists only in the
-    recurrence.
+    recurrence. So does any Δ inside a transform, which may carry what it does not show.
     """
-    if torch.is_grad_enabled() and delta.requires_grad:
+    if active() or (torch.is_grad_enabled() and delta.requires_grad):
         return delta
     return delta[0, 0] if bool((delta == delta[:1, :1]).all()) else delta
 

@@ -37,6 +37,7 @@ from torch import Tensor, nn
 
 from hooks.point import emit, site, state_edits, watched
 from hooks.precision import exact
+from hooks.transforms import everywhere
 from models.recurrence import recurrence
 from models.s4 import Inner, Pair, S4DConfig, Weights, around, constant, initial_state, pair, unpair
 from models.scan import convolution, dplr
@@ -178,7 +179,7 @@ def transition_scan(
     """
     states = _run(factors, write, h0, guarded=False)
     # A NaN reaches every later state that is not cut off, and the last one tells unless it was; so all are asked.
-    return _run(factors, write, h0, guarded=True) if bool(torch.isnan(states).any()) else states
+    return states if everywhere(~torch.isnan(states)) else _run(factors, write, h0, guarded=True)
 
 
 def _run(factors: Tensor, write: Tensor, h0: Tensor | None, guarded: bool) -> Tensor:

@@ -186,6 +186,16 @@ class Transformer(Root):
             point.pos_dim = None if row is None else row.pos_dim
             as_ours(point, name)
 
+    def named_modules(
+        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """As of any module, and each part once even where duplicates are asked for.
+
+        The bridge has every part at two places of its tree. ``torch.func.functional_call`` would exchange the weights
+        of such a part twice, and put back the wrong ones.
+        """
+        return super().named_modules(memo if remove_duplicate else set(), prefix, True)
+
     def axis_sizes(self) -> dict[str, int]:
         """Size of each named axis that does not depend on the input."""
         cfg = self.cfg
@@ -267,7 +277,8 @@ def _tidy(module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: 
 def _untidy(module: nn.Module, state_dict: dict[str, Any], prefix: str, *unused: Any) -> None:
     """The inverse of :func:`_tidy`: every place of a weight in the bridge's tree gets its value."""
     given = {name: state_dict.pop(name) for name in list(state_dict) if name.startswith(prefix)}
-    places = [prefix + name for name, _ in module.named_parameters(remove_duplicate=False)]
+    parts = nn.Module.named_modules(module, remove_duplicate=False)
+    places = [prefix + (f"{part}." if part else "") + name for part, own in parts for name in own._parameters]
     for place in places:
         tidied = prefix + tidy(place.removeprefix(prefix))
         if tidied in given:

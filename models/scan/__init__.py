@@ -89,14 +89,13 @@ def selective_scan_states(
 ) -> tuple[Float[Tensor, "batch pos d_inner"], Float[Tensor, "batch pos d_inner d_state"]]:
     """Read-out and all states of ``selective_scan`` in one pass, for who reads both and wants no gradient.
 
-    The states are read out while they are at hand, not fetched from memory once more. Raises BadArgument as
-    ``selective_scan`` does.
+    The states are read out while they are at hand, not fetched from memory once more. A gradient is that of the
+    definition, and slow. Raises BadArgument as ``selective_scan`` does.
     """
     given = (x, delta_decay, delta_write, A, B, C, h0)
     operands = _checked(dict(zip(_SCAN, given, strict=True)), _SCAN, _SINGLE, _DOUBLE)
     run = cpu if x.device.type == "cpu" else reference
-    with torch.no_grad():
-        y, states = run.selective_scan_states(*operands)
+    y, states = run.selective_scan_states(*operands)
     return y.to(x.dtype), states
 
 
@@ -150,8 +149,7 @@ def constant_pair_states(
     axes = {"x": "batch pos d_inner", **weights, "h0": "batch d_inner re_im"}
     operands = _checked(dict(zip(axes, (x, decay, gain, read, h0), strict=True)), axes, _SINGLE, _DOUBLE)
     _even("decay", operands[1])
-    with torch.no_grad():
-        y, states = pair.constant_states(*operands)
+    y, states = pair.constant_states(*operands)
     return y.to(x.dtype), states
 
 

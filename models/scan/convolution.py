@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from hooks.errors import BadArgument
 from hooks.precision import exact
+from hooks.transforms import every_order
 
 DIRECT = 256
 """Longest sequence that is convolved as a matrix product, whose cost grows with the square of the length."""
@@ -80,22 +81,35 @@ def _direct(x: Float[Tensor, "batch pos channels"], kernel: Float[Tensor, "chann
     """Product with the lower-triangular Toeplitz matrix T[t, s] = kernel[t − s]: a window sliding over the taps."""
     windows = F.pad(kernel, (kernel.shape[1] - 1, 0)).unfold(1, kernel.shape[1], 1)
     toeplitz = rearrange(windows.flip(2), "channels t s -> channels s t")
-    y = exact(torch.bmm, rearrange(x, "batch s channels -> channels batch s").contiguous(), toeplitz)
-    return rearrange(_OneGradient.apply(y), "channels batch t -> batch t channels").contiguous()
+    y = exact(_Product.apply, rearrange(x, "batch s channels -> channels batch s").contiguous(), toeplitz)
+    return rearrange(y, "channels batch t -> batch t channels").contiguous()
 
 
-class _OneGradient(torch.autograd.Function):
-    """The identity; its gradient comes back contiguous. A batched product copies a strided operand channel by
-    channel.
-    """
+class _Product(torch.autograd.Function):
+    """Batched matrix product that is handed its gradient contiguous: it copies a strided operand channel by channel."""
 
-    @staticmethod
-    def forward(ctx: Any, y: Tensor) -> Tensor:
-        return y.view_as(y)
+    generate_vmap_rule = True
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad.contiguous()
+    def forward(a: Tensor, b: Tensor) -> Tensor:
+        return torch.bmm(a, b)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        (a, b), wanted = ctx.saved_tensors, ctx.needs_input_grad
+        grad = grad.contiguous()
+        return torch.bmm(grad, b.mT) if wanted[0] else None, torch.bmm(a.mT, grad) if wanted[1] else None
+
+    @staticmethod
+    @every_order
+    def jvp(ctx: Any, saved: Any, change_a: Tensor, change_b: Tensor) -> Tensor:
+        a, b = saved
+        return torch.bmm(change_a, b) + torch.bmm(a, change_b)
 
 
 def _by_fft(x: Float[Tensor, "batch pos channels"], kernel: Float[Tensor, "channels pos"]) -> Tensor:

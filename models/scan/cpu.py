@@ -1,20 +1,18 @@
-"""The compiled CPU path: autograd around `kernels.py`.
-
-**Second derivatives.** Under ``create_graph=True`` the backward differentiates the definition: compiled code has
-no derivative of its own, and a gradient that came out of it would count as a constant.
-"""
+"""The compiled CPU path: `kernels.py` as operations that autograd and ``torch.func`` know (`operation.py`)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from hooks.derivatives import Operands
 from hooks.threads import run
 from models.scan import pages, reference
+from models.scan.operation import Operation
 
 _UNITS = 64  # into how many a short batch is cut: enough for many threads, and partial sums stay small
 
@@ -23,8 +21,7 @@ def selective_scan(
     x: Tensor, delta_decay: Tensor, delta_write: Tensor, A: Tensor, B: Tensor, C: Tensor, h0: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """`reference.selective_scan` for CPU tensors that are all float32 or all float64."""
-    operands = (x, delta_decay, delta_write, A, B, C, h0)
-    y, h_last, _ = _SelectiveScan.apply(*operands, _wants_grad(operands))
+    y, h_last = _SCAN(x, delta_decay, delta_write, A, B, C, h0)
     return y, h_last
 
 
@@ -32,72 +29,22 @@ def selective_states(
     x: Tensor, delta_decay: Tensor, delta_write: Tensor, A: Tensor, B: Tensor, h0: Tensor | None
 ) -> Tensor:
     """`reference.selective_states` for CPU tensors that are all float32 or all float64."""
-    operands = (x, delta_decay, delta_write, A, B, h0)
-    states, _ = _SelectiveStates.apply(*operands, _wants_grad(operands))
+    states: Tensor = _STATES(x, delta_decay, delta_write, A, B, h0)
     return states
 
 
 def selective_scan_states(
     x: Tensor, delta_decay: Tensor, delta_write: Tensor, A: Tensor, B: Tensor, C: Tensor, h0: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """`reference.selective_scan_states` for CPU tensors that are all float32 or all float64; no gradients."""
-    y, states = torch.empty(x.shape, dtype=x.dtype, device=x.device), pages.empty((*x.shape, A.shape[1]), x.dtype)
-    _Selective(x, delta_decay, delta_write, A, B, C, h0).forward(keep=False, y=y, states=states)
+    """`reference.selective_scan_states` for CPU tensors that are all float32 or all float64; no compiled gradients."""
+    y, states = _SCAN_STATES(x, delta_decay, delta_write, A, B, C, h0)
     return y, states
 
 
 def scan(decay: Tensor, write: Tensor, h0: Tensor | None) -> Tensor:
     """`reference.scan` for CPU tensors that are all float32 or all float64."""
-    return _Scan.apply(decay, write, h0)
-
-
-class _SelectiveScan(torch.autograd.Function):
-    @staticmethod
-    def forward(x, delta_decay, delta_write, A, B, C, h0, keep):  # type: ignore[no-untyped-def]
-        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        kernel = _Selective(x, delta_decay, delta_write, A, B, C, h0)
-        return y, *kernel.forward(keep=keep, y=y)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.mark_non_differentiable(output[2])
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs[:-1], output[2])
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        *operands, saved = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            return *_by_definition(ctx, reference.selective_scan, operands, grads[:2]), None
-        g_x, g_decay, g_write, g_A, g_B, g_C, g_h0 = _Selective(*operands).backward(
-            saved, g_y=grads[0], g_last=grads[1]
-        )
-        return g_x, g_decay, g_write, g_A, g_B, g_C, None if operands[-1] is None else g_h0, None
-
-
-class _SelectiveStates(torch.autograd.Function):
-    @staticmethod
-    def forward(x, delta_decay, delta_write, A, B, h0, keep):  # type: ignore[no-untyped-def]
-        states = pages.empty((*x.shape, A.shape[1]), x.dtype)
-        kernel = _Selective(x, delta_decay, delta_write, A, B, None, h0)
-        _, saved = kernel.forward(keep=keep, states=states)
-        return states, saved
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.mark_non_differentiable(output[1])
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs[:-1], output[1])
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        *operands, saved = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            return *_by_definition(ctx, reference.selective_states, operands, grads[:1]), None
-        x, delta_decay, delta_write, A, B, h0 = operands
-        kernel = _Selective(x, delta_decay, delta_write, A, B, None, h0)
-        g_x, g_decay, g_write, g_A, g_B, _, g_h0 = kernel.backward(saved, g_states=grads[0])
-        return g_x, g_decay, g_write, g_A, g_B, None if h0 is None else g_h0, None
+    states: Tensor = _MATERIALISED(decay, write, h0)
+    return states
 
 
 class _Selective:
@@ -118,6 +65,7 @@ class _Selective:
         self.kernels = kernels
         self.batch, self.length, self.d_inner = x.shape
         self.d_state = A.shape[1]
+        self.chunks = -(-self.length // kernels.CHUNK)
         blocks = -(-self.d_inner // kernels.LANES)
         self.groups = min(blocks, -(-_UNITS // self.batch))
         self.like = x
@@ -128,8 +76,7 @@ class _Selective:
 
     def forward(self, keep: bool, y: Tensor | None = None, states: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Fill ``y`` and ``states`` where given; return the last state and, if ``keep``, those at chunk starts."""
-        chunks = -(-self.length // self.kernels.CHUNK) if keep else 1
-        saved = self.empty(self.batch, chunks - 1, *self.operands[3].shape)
+        saved = self.empty(self.batch, self.chunks - 1 if keep else 0, *self.operands[3].shape)
         h_last = self.empty(self.batch, self.d_inner, self.d_state)
         streamed = (
             states is not None and self.d_state <= self.kernels.STATES and pages.worth_streaming(states, self.d_state)
@@ -149,7 +96,9 @@ class _Selective:
         g_last: Tensor | None = None,
         g_states: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
-        """Gradients of x, delta_decay, delta_write, A, B, C and h0."""
+        """Gradients of x, delta_decay, delta_write, A (of each sequence), B, C and h0."""
+        if saved.shape[1] < self.chunks - 1:  # nobody knew yet that a gradient would be asked for
+            _, saved = self.forward(keep=True)
         grads = tuple(_array(g, self.like, dim) for g, dim in ((g_y, 3), (g_last, 3), (g_states, 4)))
         for guarded in (False, True):
             out = (
@@ -162,7 +111,7 @@ class _Selective:
             if not any(torch.isnan(o.sum()) for o in out):
                 break
         g_x, g_decay, g_write, g_A, g_B, g_C, g_h0 = out
-        g_A = g_A.sum(0)[:, : self.d_inner].t()
+        g_A = g_A[:, :, : self.d_inner].transpose(1, 2)
         return g_x, g_decay, g_write, g_A, g_B.sum(0), g_C.sum(0), g_h0
 
     def empty(self, *shape: int) -> Tensor:
@@ -173,42 +122,69 @@ class _Selective:
         run(kernel, self.batch * self.groups, self.groups, work, args)
 
 
-class _Scan(torch.autograd.Function):
-    @staticmethod
-    def forward(decay: Tensor, write: Tensor, h0: Tensor | None) -> Tensor:
-        from models.scan import kernels
-
-        states = pages.empty(tuple(write.shape), write.dtype)
-        arrays = (_lanes(tensor, 2) for tensor in (decay, write))
-        _run_scan(kernels.scan_forward, kernels.WIDTH, (*arrays, _lanes(h0, 1, write), _lanes(states, 2)))
-        return states
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs, output)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        from models.scan import kernels
-
-        decay, write, h0, states = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            return _by_definition(ctx, reference.scan, (decay, write, h0), (grad,))
-        g_decay, g_write = (pages.empty(tuple(write.shape), write.dtype) for _ in range(2))
-        g_h0 = torch.empty((write.shape[0], *write.shape[2:]), dtype=write.dtype, device=write.device)
-        given = (_lanes(decay, 2), _lanes(h0, 1, write), _lanes(states, 2), _lanes(grad, 2))
-        _run_scan(
-            kernels.scan_backward, kernels.WIDTH, (*given, _lanes(g_decay, 2), _lanes(g_write, 2), _lanes(g_h0, 1))
-        )
-        return g_decay, g_write, None if h0 is None else g_h0
+def _run_selective(operands: Operands, keep: bool) -> tuple[Tensor, ...]:
+    """y, the last state, and the states at chunk starts."""
+    kernel = _Selective(*operands)  # type: ignore[arg-type]
+    y = kernel.empty(*kernel.like.shape)
+    return y, *kernel.forward(keep=keep, y=y)
 
 
-def _by_definition(ctx: Any, function: Any, operands: Any, grads: Any) -> tuple[Tensor | None, ...]:
-    return reference.backward(function, operands, ctx.needs_input_grad, grads)
+def _pull_selective(operands: Operands, saved: Operands, grads: Operands) -> tuple[Tensor, ...]:
+    return _Selective(*operands).backward(*saved, g_y=grads[0], g_last=grads[1])  # type: ignore[arg-type]
 
 
-def _wants_grad(operands: Sequence[Tensor | None]) -> bool:
-    return torch.is_grad_enabled() and any(o is not None and o.requires_grad for o in operands)
+def _run_states(operands: Operands, keep: bool) -> tuple[Tensor, ...]:
+    """All states, and those at chunk starts."""
+    *others, h0 = operands
+    kernel = _Selective(*others, None, h0)  # type: ignore[arg-type]
+    states = pages.empty((*kernel.like.shape, kernel.d_state), kernel.like.dtype)
+    _, saved = kernel.forward(keep=keep, states=states)
+    return states, saved
+
+
+def _pull_states(operands: Operands, saved: Operands, grads: Operands) -> tuple[Tensor, ...]:
+    *others, h0 = operands
+    found = _Selective(*others, None, h0).backward(*saved, g_states=grads[0])  # type: ignore[arg-type]
+    return *found[:5], found[6]
+
+
+def _run_both(operands: Operands, keep: bool) -> tuple[Tensor, ...]:
+    """y and all states."""
+    kernel = _Selective(*operands)  # type: ignore[arg-type]
+    y = kernel.empty(*kernel.like.shape)
+    states = pages.empty((*kernel.like.shape, kernel.d_state), kernel.like.dtype)
+    kernel.forward(keep=False, y=y, states=states)
+    return y, states
+
+
+def _run_materialised(operands: Operands, keep: bool) -> tuple[Tensor, ...]:
+    from models.scan import kernels
+
+    decay, write, h0 = operands
+    assert write is not None
+    states = pages.empty(tuple(write.shape), write.dtype)
+    arrays = (_lanes(tensor, 2) for tensor in (decay, write))
+    _run_scan(kernels.scan_forward, kernels.WIDTH, (*arrays, _lanes(h0, 1, write), _lanes(states, 2)))
+    return (states,)
+
+
+def _pull_materialised(operands: Operands, saved: Operands, grads: Operands) -> tuple[Tensor, ...]:
+    from models.scan import kernels
+
+    decay, write, h0 = operands
+    assert write is not None
+    g_decay, g_write = (pages.empty(tuple(write.shape), write.dtype) for _ in range(2))
+    g_h0 = torch.empty((write.shape[0], *write.shape[2:]), dtype=write.dtype, device=write.device)
+    given = (_lanes(decay, 2), _lanes(h0, 1, write), _lanes(saved[0], 2), _lanes(grads[0], 2))
+    _run_scan(kernels.scan_backward, kernels.WIDTH, (*given, _lanes(g_decay, 2), _lanes(g_write, 2), _lanes(g_h0, 1)))
+    return g_decay, g_write, g_h0
+
+
+_A = (3,)  # the place of A, which all sequences share
+_SCAN = Operation(reference.selective_scan, _run_selective, 2, _pull_selective, (2,), _A)
+_STATES = Operation(reference.selective_states, _run_states, 1, _pull_states, (1,), _A)
+_SCAN_STATES = Operation(reference.selective_scan_states, _run_both, 2, shared=_A)
+_MATERIALISED = Operation(reference.scan, _run_materialised, 1, _pull_materialised, (0,))
 
 
 def _array(tensor: Tensor | None, like: Tensor, dim: int) -> np.ndarray:

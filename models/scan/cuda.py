@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hooks.derivatives import pull
 from models.scan import reference
 
 
@@ -53,7 +54,7 @@ class _MambaSsm(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         g_y, g_last = grads
         if torch.is_grad_enabled() or g_last is not None:
-            return reference.backward(reference.selective_scan, ctx.saved_tensors, ctx.needs_input_grad, grads)
+            return pull(reference.selective_scan, ctx.saved_tensors, ctx.needs_input_grad, grads)
         (x, delta, _, A, B, C), y = ctx.inner
         g_x, g_delta, g_A, g_B, g_C = torch.autograd.grad(y, (x, delta, A, B, C), g_y, retain_graph=True)
         return g_x, g_delta, None, g_A, g_B, g_C

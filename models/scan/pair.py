@@ -15,9 +15,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hooks.derivatives import Operands
 from hooks.precision import exact
 from hooks.threads import run
+from hooks.transforms import every_order, translated
 from models.scan import pages
+from models.scan.operation import Operation, batched
 
 Pairs = Float[Tensor, "batch pos d_inner re_im"]
 Start = Float[Tensor, "batch d_inner re_im"]
@@ -25,7 +28,8 @@ Start = Float[Tensor, "batch d_inner re_im"]
 
 def scan(decay: Pairs, write: Pairs, h0: Start | None) -> Pairs:
     """All states; differentiable, also twice."""
-    states: Tensor = _PairScan.apply(decay, write, torch.zeros_like(write[:, 0]) if h0 is None else h0)
+    start = torch.zeros_like(write[:, 0]) if h0 is None else h0
+    states: Tensor = _PairScan.apply(decay, write, start, False)
     return states
 
 
@@ -36,14 +40,26 @@ def constant_states(
     read: Float[Tensor, "d_inner re_im"],
     h0: Start | None,
 ) -> tuple[Float[Tensor, "batch pos d_inner"], Pairs]:
-    """y_t = Σ read h_t and all states of h_t = ā h_{t−1} + gain x_t in one pass, without gradients."""
-    if x.device.type != "cpu":
-        write = gain * x[..., None]
-        start = torch.zeros_like(write[:, 0]) if h0 is None else h0
-        states = _in_torch(decay.expand_as(write), write, start)
-        return exact(partial(torch.einsum, "bldn,dn->bld"), states, read), states
+    """y_t = Σ read h_t and all states of h_t = ā h_{t−1} + gain x_t in one pass; no compiled gradients."""
+    if not _is_compiled(x):
+        return _constant_by_definition(x, decay, gain, read, h0)
+    y, states = _CONSTANT(x, decay, gain, read, h0)
+    return y, states
+
+
+def _constant_by_definition(
+    x: Tensor, decay: Tensor, gain: Tensor, read: Tensor, h0: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    write = gain * x[..., None]
+    states = scan(decay.expand_as(write), write, h0)
+    return exact(partial(torch.einsum, "bldn,dn->bld"), states, read), states
+
+
+def _run_constant(operands: Operands, keep: bool) -> tuple[Tensor, ...]:
     from models.scan import pair_kernels as kernels  # numba: half a second that only those pay who scan
 
+    x, decay, gain, read, h0 = operands
+    assert x is not None and decay is not None and gain is not None and read is not None
     y, states = torch.empty_like(x), pages.empty((*x.shape, decay.shape[1]), x.dtype)
     start = x.new_empty(0, 0, 0) if h0 is None else h0
     given = [x.detach().contiguous().numpy(), *(_apart(part) for part in (decay, gain, read, start))]
@@ -54,36 +70,84 @@ def constant_states(
     return y, states
 
 
-class _PairScan(torch.autograd.Function):
-    """The complex recurrence over axis 1 with its own adjoint.
+_CONSTANT = Operation(_constant_by_definition, _run_constant, 2, shared=(1, 2, 3))
 
-    Turning the phases away first would let the real scan do this one too, but the angle of a decay has no gradient
-    where an edit set the decay to 0. The adjoint is the same recurrence run from the end with ā conjugated,
-    λ_t = g_t + conj(ā_{t+1}) λ_{t+1}; autograd through a loop would write full-size gradients at every step.
+
+class _PairScan(torch.autograd.Function):
+    """The complex recurrence over axis 1 and its adjoint, each the derivative of the other.
+
+    ``backwards`` the adjoint, λ_t = w_t + conj(ā_{t+1}) λ_{t+1}, which starts at nothing: the same recurrence run from
+    the end with ā conjugated. Turning the phases away first would let the real scan do this one too, but the angle of a
+    decay has no gradient where an edit set the decay to 0; autograd through a loop would write full-size gradients at
+    every step.
     """
 
     @staticmethod
-    def forward(decay: Tensor, write: Tensor, start: Tensor) -> Tensor:
-        return _compiled(decay, write, start) if write.device.type == "cpu" else _in_torch(decay, write, start)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[0], inputs[2], output)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        decay, start, states = ctx.saved_tensors
-        wanted = ctx.needs_input_grad
-        if grad.device.type == "cpu" and not torch.is_grad_enabled():
-            adjoint = _compiled(decay, grad, None)
-        else:  # the same by the recurrence itself, which has a gradient of its own
+    def forward(decay: Tensor, write: Tensor, start: Tensor | None, backwards: bool) -> Tensor:
+        if _is_compiled(write):
+            return _compiled(decay, write, start, backwards)
+        if backwards:
             later = torch.cat([decay[:, 1:], torch.zeros_like(decay[:, :1])], dim=1)
-            adjoint = _PairScan.apply(_conjugate(later).flip(1), grad.flip(1), torch.zeros_like(start)).flip(1)
-        to_decay = None
-        if wanted[0]:
-            to_decay = times(adjoint, _conjugate(torch.cat([start[:, None], states[:, :-1]], dim=1)))
-        to_start = times(adjoint[:, 0], _conjugate(decay[:, 0])) if wanted[2] else None
-        return to_decay, adjoint, to_start
+            return _in_torch(_conjugate(later).flip(1), write.flip(1), torch.zeros_like(write[:, 0])).flip(1)
+        assert start is not None
+        return _in_torch(decay, write, start)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        decay, _, start, ctx.backwards = inputs
+        ctx.save_for_backward(decay, start, output)
+        ctx.save_for_forward(decay, start, output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        decay, start, found = ctx.saved_tensors
+        wanted = ctx.needs_input_grad
+
+        def gradients(grad: Tensor) -> tuple[Tensor | None, ...]:
+            to_decay = to_start = None
+            if ctx.backwards:
+                adjoint = _PairScan.apply(decay, grad, torch.zeros_like(grad[:, 0]), False)
+                if wanted[0]:
+                    to_decay = times(_conjugate(adjoint[:, :-1]), found[:, 1:])
+                    to_decay = torch.cat([torch.zeros_like(decay[:, :1]), to_decay], dim=1)
+            else:
+                adjoint = _PairScan.apply(decay, grad, None, True)
+                if wanted[0]:
+                    to_decay = times(adjoint, _conjugate(_before(start, found)))
+                if wanted[2]:
+                    to_start = times(adjoint[:, 0], _conjugate(decay[:, 0]))
+            return to_decay, adjoint, to_start
+
+        return *translated(gradients, grad), None
+
+    @staticmethod
+    @every_order
+    def jvp(
+        ctx: Any, saved: Any, decay_change: Tensor, write_change: Tensor, start_change: Tensor | None, _: None
+    ) -> Tensor:
+        decay, start, found = saved
+        if ctx.backwards:
+            moved = times(_conjugate(decay_change[:, 1:]), found[:, 1:])
+            moved = torch.cat([moved, torch.zeros_like(write_change[:, :1])], dim=1)
+        else:
+            moved = times(decay_change, _before(start, found))
+        result: Tensor = _PairScan.apply(decay, write_change + moved, start_change, ctx.backwards)
+        return result
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: Any, decay: Tensor, write: Tensor, start: Tensor | None, backwards: bool
+    ) -> tuple[Tensor, int]:
+        def call(*given: Tensor | None) -> tuple[Tensor, ...]:
+            return (_PairScan.apply(*given, backwards),)
+
+        (states,), _ = batched(info, in_dims[:3], (), (decay, write, start), call)
+        return states, 0
+
+
+def _before(start: Start, states: Pairs) -> Pairs:
+    """h_{t−1} of every h_t."""
+    return torch.cat([start[:, None], states[:, :-1]], dim=1)
 
 
 def _in_torch(decay: Pairs, write: Pairs, start: Start) -> Pairs:
@@ -101,16 +165,19 @@ def _in_torch(decay: Pairs, write: Pairs, start: Start) -> Pairs:
 
 def by_definition(decay: Pairs, write: Pairs, start: Start) -> Pairs:
     """Token by token, a zero winning; what everything else here is tested against."""
-    states = torch.empty_like(write, memory_format=torch.contiguous_format)
-    past = start
+    states, past = [], start
     for t in range(write.shape[1]):
         past = times(decay[:, t], past) + write[:, t]
-        states[:, t] = past
-    return states
+        states.append(past)
+    return torch.stack(states, dim=1)
 
 
-def _compiled(decay: Pairs, write: Pairs, start: Start | None) -> Pairs:
-    """The states that ``write`` makes; without a start the adjoints of those whose gradients it is."""
+def _is_compiled(values: Tensor) -> bool:
+    return values.device.type == "cpu"
+
+
+def _compiled(decay: Pairs, write: Pairs, start: Start | None, backwards: bool) -> Pairs:
+    """The states that ``write`` makes; ``backwards`` the adjoints of those whose gradients it is."""
     from models.scan import pair_kernels as kernels
 
     found = pages.empty(tuple(write.shape), write.dtype)
@@ -119,9 +186,9 @@ def _compiled(decay: Pairs, write: Pairs, start: Start | None) -> Pairs:
     before = write.new_empty(0, 0, 0) if start is None else start
     given = [_apart(part) for part in (decay[:row, :step], write, before, found)]
     for guarded in (False, True):
-        _run(kernels.scan, found, *given, start is None, guarded)
+        _run(kernels.scan, found, *given, backwards, guarded)
         # A NaN stays in all that is computed later: the end tells whether an overflow met a zero on the way.
-        if not torch.isnan(found[:, 0 if start is None else -1]).any():
+        if not torch.isnan(found[:, 0 if backwards else -1]).any():
             break
     return found
 

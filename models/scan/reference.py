@@ -14,19 +14,20 @@ other than decay ⊙ past.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Float, Inexact
 from torch import Tensor
 
+from hooks.transforms import every_order
+
 
 def selective_scan(
     x: Float[Tensor, "batch pos d_inner"],
     delta_decay: Float[Tensor, "batch pos d_inner"],
     delta_write: Float[Tensor, "batch pos d_inner"],
-    A: Float[Tensor, "d_inner d_state"],
+    A: Float[Tensor, "*rows d_inner d_state"],
     B: Float[Tensor, "batch pos d_state"],
     C: Float[Tensor, "batch pos d_state"],
     h0: Float[Tensor, "batch d_inner d_state"] | None = None,
@@ -40,7 +41,7 @@ def selective_scan_states(
     x: Float[Tensor, "batch pos d_inner"],
     delta_decay: Float[Tensor, "batch pos d_inner"],
     delta_write: Float[Tensor, "batch pos d_inner"],
-    A: Float[Tensor, "d_inner d_state"],
+    A: Float[Tensor, "*rows d_inner d_state"],
     B: Float[Tensor, "batch pos d_state"],
     C: Float[Tensor, "batch pos d_state"],
     h0: Float[Tensor, "batch d_inner d_state"] | None = None,
@@ -54,12 +55,15 @@ def selective_states(
     x: Float[Tensor, "batch pos d_inner"],
     delta_decay: Float[Tensor, "batch pos d_inner"],
     delta_write: Float[Tensor, "batch pos d_inner"],
-    A: Float[Tensor, "d_inner d_state"],
+    A: Float[Tensor, "*rows d_inner d_state"],
     B: Float[Tensor, "batch pos d_state"],
     h0: Float[Tensor, "batch d_inner d_state"] | None = None,
 ) -> Float[Tensor, "batch pos d_inner d_state"]:
-    """All states of the selective recurrence: decay = exp(Δ_decay A), write = Δ_write B x (Euler)."""
-    decay = _Exp.apply(delta_decay[..., None] * A)
+    """All states of the selective recurrence: decay = exp(Δ_decay A), write = Δ_write B x (Euler).
+
+    ``A`` may differ between sequences: what each of them asks of it is then told apart.
+    """
+    decay = _Exp.apply(_Product.apply(delta_decay[..., None], A if A.ndim == 2 else A[:, None]))
     write = _Product.apply(_Product.apply(delta_write, x)[..., None], B[:, :, None, :])
     return scan(decay, write, h0)
 
@@ -78,40 +82,14 @@ def scan(
     return torch.stack(states, dim=1)
 
 
-def backward(
-    function: Callable[..., Any],
-    operands: Sequence[Tensor | None],
-    needed: Sequence[bool],
-    grads: Sequence[Tensor | None],
-) -> tuple[Tensor | None, ...]:
-    """Gradients of the operands of a function of this file, given those of its outputs; recorded if grad is enabled.
-
-    Each operand is viewed first, so that one tensor in two places (delta_decay is delta_write) counts once in each.
-    """
-    record = torch.is_grad_enabled()
-    wanted = [k for k in range(len(operands)) if needed[k]]
-    with torch.enable_grad():
-        views = [None if tensor is None else tensor.view_as(tensor) for tensor in operands]
-        outputs = function(*views)
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        given = [(out, grad) for out, grad in zip(outputs, grads, strict=True) if grad is not None]
-        found = torch.autograd.grad(
-            [out for out, _ in given],
-            [view for k in wanted if (view := views[k]) is not None],
-            [grad for _, grad in given],
-            create_graph=record,
-            allow_unused=True,
-        )
-    place = dict(zip(wanted, found, strict=True))
-    return tuple(place.get(k) for k in range(len(operands)))
-
-
 class _Product(torch.autograd.Function):
     """a · b (broadcast) that returns gradient 0 to a factor wherever nothing downstream depends on it.
 
     torch's own product returns 0 · inf = NaN there once the other factor has overflowed. The backward consists
     of ordinary torch operations, so it can be differentiated again.
     """
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(a: Tensor, b: Tensor) -> Tensor:
@@ -120,6 +98,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
         ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
@@ -128,6 +107,12 @@ class _Product(torch.autograd.Function):
             _zero_wins(grad, b.conj()).sum_to_size(a.shape),
             _zero_wins(grad, a.conj()).sum_to_size(b.shape),
         )
+
+    @staticmethod
+    @every_order
+    def jvp(ctx: Any, saved: Any, change_a: Tensor, change_b: Tensor) -> Tensor:
+        a, b = saved
+        return _zero_wins(change_a, b) + _zero_wins(change_b, a)
 
 
 class _Carry(_Product):
@@ -141,13 +126,24 @@ class _Carry(_Product):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         a, b = ctx.saved_tensors
-        # grad · inf at a cut would come back as NaN from whatever multiplied by 0 to make the cut
-        past = torch.where((a == 0) & ~torch.isfinite(b), 0, b)
-        return _zero_wins(grad, past.conj()), _zero_wins(grad, a.conj())
+        return _zero_wins(grad, _past(a, b).conj()), _zero_wins(grad, a.conj())
+
+    @staticmethod
+    @every_order
+    def jvp(ctx: Any, saved: Any, change_a: Tensor, change_b: Tensor) -> Tensor:
+        a, b = saved
+        return _zero_wins(change_a, _past(a, b)) + _zero_wins(change_b, a)
+
+
+def _past(a: Tensor, b: Tensor) -> Tensor:
+    """b, and 0 where it is cut and not finite: grad · inf would come back as NaN from what multiplied by 0 to cut."""
+    return torch.where((a == 0) & ~torch.isfinite(b), 0, b)
 
 
 class _Exp(torch.autograd.Function):
     """exp, whose gradient is 0 where nothing depends on it, also after an overflow."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(exponent: Tensor) -> Tensor:
@@ -156,11 +152,18 @@ class _Exp(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
         ctx.save_for_backward(output)
+        ctx.save_for_forward(output)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (value,) = ctx.saved_tensors
         return _zero_wins(grad, value.conj())
+
+    @staticmethod
+    @every_order
+    def jvp(ctx: Any, saved: Any, change: Tensor) -> Tensor:
+        (value,) = saved
+        return _zero_wins(change, value)
 
 
 def _zero_wins(grad: Tensor, factor: Tensor) -> Tensor:
