@@ -7,6 +7,7 @@ it in one line that says what to do, before any work is done with it.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -59,6 +60,11 @@ def tensor(x: Any, like: Tensor | None, what: str = "the input") -> None:
         raise BadArgument(f"{what} is {told(x)}, not a tensor: try torch.as_tensor(x{kind})")
 
 
+def arguments(model: Any) -> Mapping[str, inspect.Parameter]:
+    """What ``model`` can be called with, by name; of a compiled one, what the model inside it can."""
+    return inspect.signature(getattr(model, "_orig_mod", model).forward).parameters
+
+
 def same_kind(x: Tensor, weight: Tensor, what: str = "the input") -> None:
     """Nothing, if ``x`` has the dtype and device of ``weight``, which it is multiplied by.
 
@@ -102,7 +108,7 @@ def _name(dtype: torch.dtype) -> str:
 def no_gradients() -> str:
     """Why a run has no gradients and what to do, for the end of a message."""
     if torch.is_inference_mode_enabled():
-        return "torch.inference_mode() is on, which no block inside it can lift: leave it (torch.no_grad() may stay)"
+        return "torch.inference_mode() is on: leave it (torch.no_grad() may stay)"
     if not torch.is_grad_enabled():
         return "torch.no_grad() is on: leave it, or use torch.enable_grad() inside"
     return "no weight and no input of the model asks for one: requires_grad_(True)"

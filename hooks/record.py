@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hooks.brief import LINES
 from hooks.errors import BadArgument, DidNotFire
-from hooks.inputs import readable
+from hooks.inputs import gradients_can_be, readable
 from hooks.memory import check_memory
 from hooks.point import HookedModule, add_reader, watched, why_silent
 from hooks.sites import Pattern, resolve
@@ -82,6 +82,8 @@ def record(
     model act as they are: the record sees their result. Raises :class:`UnknownSite`, :class:`TooLarge` before the
     forward, :class:`DidNotFire` where a site did not fire, :class:`NonFinite` where NaN or inf first appears.
     """
+    if grad:
+        gradients_can_be("hooks.record(grad=True)")
     names = resolve(model, sites)
     readable(model, x, model_kwargs=model_kwargs)
     check_memory(model, x, names, max_memory)

@@ -27,7 +27,7 @@ from torch import Tensor
 import hooks
 from hooks.brief import brief
 from hooks.errors import BadArgument, NonFinite, told
-from hooks.inputs import readable
+from hooks.inputs import arguments, readable
 from hooks.sites import Pattern, kind_of
 from interp import stats
 from interp.arguments import listed, whole_number
@@ -189,7 +189,7 @@ class _Runs:
     def __init__(self, model: Any, tokens: Tensor, names: Sequence[str], model_kwargs: Mapping[str, Any]) -> None:
         self.model, self.tokens, self.model_kwargs = model, tokens, dict(model_kwargs)
         self.before: Mapping[str, Tensor] = {}
-        can_start = "start_at_layer" in inspect.signature(model.forward).parameters
+        can_start = "start_at_layer" in arguments(model)
         first = [f"blocks.{layer}.hook_resid_pre" for layer in sorted({_layer(name) or 0 for name in names}) if layer]
         if can_start and "start_at_layer" not in self.model_kwargs and all(name in model.hook_dict for name in first):
             self.before = hooks.record(model, tokens, first, **model_kwargs) if first else {}

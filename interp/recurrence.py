@@ -91,11 +91,13 @@ class Recurrence:
 
         Real parts p and imaginary parts q of a complex state are read as Re((p − iq) h).
         """
-        with torch.enable_grad():
+        # Also where somebody has switched gradients off altogether: the line is ours, and no tensor of theirs is in it.
+        with torch.inference_mode(False), torch.enable_grad():
+            C = () if self.C is None else (self.C[:, pos].detach().clone(),)
             # One zero, seen everywhere: y is linear in the states, so none of them needs a place of its own.
             states = self.write.new_zeros(()).expand_as(self.write[:, pos]).requires_grad_()
-            y = self.read(states, *(() if self.C is None else (self.C[:, pos],)))
-        (found,) = torch.autograd.grad(y, states, weights[:, pos].to(y.dtype))
+            y = self.read(states, *C)
+            (found,) = torch.autograd.grad(y, states, weights[:, pos].to(y.dtype, copy=True))
         found = self.numbers(found)
         return found.conj().resolve_conj() if found.is_complex() else found.contiguous()
 

@@ -19,7 +19,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooks.errors import BadArgument
-from hooks.inputs import readable
+from hooks.inputs import arguments, readable
+from hooks.sites import points
 from interp import stats
 from interp.arguments import listed, one_of, whole_number
 from interp.metric import Metric, one_number, recovered
@@ -138,8 +139,8 @@ def swap_table(
 
 def _states(model: Any, context: Tensor) -> list[Any]:
     """The state of each layer after ``context``, if the model has one."""
-    takes = inspect.signature(model.forward).parameters
-    if not {"state", "return_state"} <= set(takes):
+    if not {"state", "return_state"} <= set(arguments(model)):
+        points(model)  # a wrapper is told how to take the model out of it
         raise BadArgument(f"{type(model).__name__} carries no state from token to token: there is nothing to swap")
     with torch.no_grad():
         _, states = model(context, return_state=True)

@@ -137,6 +137,9 @@ def _run_file(folder: Path) -> Path:
 def _from_module(module: nn.Module) -> Root:
     if isinstance(module, Root):
         return module
+    for name in ("module", "_orig_mod"):  # DataParallel and its like; torch.compile
+        if isinstance(inside := getattr(module, name, None), Root):
+            raise BadArgument(f"a {type(module).__name__} wraps a {type(inside).__name__}: give model.{name}")
     # By name, so that a session without transformers models never pays for importing transformers.
     if any(base.__module__.startswith("transformers.") for base in type(module).__mro__):
         from models.pretrained import from_hugging_face
