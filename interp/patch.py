@@ -11,7 +11,6 @@ and a patched run is one that no prompt would give.
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,6 +1,8 @@
 """What an analysis found: config, table, arrays, checks and provenance, in a folder that is whole.
 
 ``Result.load(folder)`` gives the numbers back without the model and without unpickling anything.
+result.json is sealed and has the size and the checksum of the files beside it that are read back, so that no
+damaged number comes back.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import io
 import json
 import math
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import BufferedIOBase
@@ -19,13 +22,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from hooks import sealed
 from hooks.brief import brief
-from hooks.errors import BadArgument
+from hooks.errors import BadArgument, told
 from interp.files import strict_json, write_whole
 from interp.folders import clear_dead, whole_folder
 from interp.printed import ROWS, folded, lines_of
 
-FORMAT = "mambascope-result-1"
+FORMAT = "mambascope-result-2"
+EARLIER = "mambascope-result-1"
+"""The format from before results had checksums; its folders are read with a warning."""
 FILES = ("result.json", "table.csv", "arrays.npz")
 Figures = Mapping[str, Callable[[BufferedIOBase], Any] | bytes]
 """A file's name and its bytes, or a function that writes them into the file that it is given."""
@@ -116,11 +122,14 @@ class Result:
         name = f"{_slug(config.get('task', 'none'))}-{'+'.join(map(_slug, models))[:60]}-{self.digest}"
         final = Path(out) / analysis / name
         with whole_folder(final) as folder:
-            write_whole(folder / "result.json", self.to_json() + "\n")
-            write_whole(folder / "table.csv", self.table.to_csv(index=False))
             buffer = io.BytesIO()
             np.savez_compressed(buffer, **self.arrays)  # type: ignore[arg-type]
-            write_whole(folder / "arrays.npz", buffer.getvalue())
+            beside = {"table.csv": self.table.to_csv(index=False).encode(), "arrays.npz": buffer.getvalue()}
+            for file, data in beside.items():
+                write_whole(folder / file, data)
+            files = {file: {"bytes": len(data), "sha256": _sha256(data)} for file, data in beside.items()}
+            head = {**json.loads(self.to_json()), "files": files}
+            write_whole(folder / "result.json", sealed.pack_json(head, indent=2))
         saved = Result(config, self.table, self.arrays, self.checks, self.provenance, final)
         saved.illustrate(figures or {})
         return saved
@@ -142,25 +151,30 @@ class Result:
 
     @staticmethod
     def load(path: Path | str) -> Result:
-        """The result in the folder ``path``; a damaged or foreign folder is a BadArgument."""
+        """The result in the folder ``path``; a damaged or foreign folder is a BadArgument.
+
+        A folder of the format before this one, without checksums, is read with a warning.
+        """
         folder = Path(path)
         if not folder.exists():
             clear_dead(folder.parent)  # a run that was killed may have moved it aside
-        missing = [name for name in FILES if not (folder / name).is_file()]
-        if missing:
-            raise BadArgument(
-                f"{folder} holds no result: {', '.join(missing)} is not there; give a folder that an analysis wrote"
-            )
         try:
-            head = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-            if not isinstance(head, dict) or head.get("format") != FORMAT:
-                raise ValueError(f"result.json is not in the format {FORMAT}")
+            head = _head(folder)
+            files = None if head["format"] == EARLIER else head.get("files", {})
+            contents = {name: _content(folder, name, files) for name in FILES[1:]}
+        except FileNotFoundError as error:
+            missing = Path(error.filename).name
+            raise BadArgument(
+                f"{folder} holds no result: {missing} is not there; give a folder that an analysis wrote"
+            ) from None
+        except sealed.Unreadable as error:
+            raise BadArgument(f"the result in {folder} is not to be trusted: {error}; run it again") from error
+        try:
             # As text: pandas' guesses would turn a mode called "None" or "NA" into a missing value.
-            text = io.StringIO((folder / "table.csv").read_text(encoding="utf-8"))
+            text = io.StringIO(contents["table.csv"].decode())
             table = pd.read_csv(text, dtype=str, keep_default_na=False, na_filter=False)
             table = _typed(table, head["columns"], int(head["rows"]))
-            # Opened here: older numpy leaves a file that is no archive open.
-            with (folder / "arrays.npz").open("rb") as file, np.load(file, allow_pickle=False) as stored:
+            with np.load(io.BytesIO(contents["arrays.npz"]), allow_pickle=False) as stored:
                 arrays = {name: stored[name] for name in stored.files}
             if sorted(arrays) != sorted(head["arrays"]):
                 raise ValueError("arrays.npz holds other arrays than result.json says")
@@ -168,8 +182,7 @@ class Result:
             return Result(head["config"], table, arrays, checks, head["provenance"], folder)
         except Exception as error:
             # pandas, numpy and zipfile each have their own errors for a cut or foreign file.
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
-            raise BadArgument(f"the result in {folder} is damaged: {reason}; run it again") from error
+            raise BadArgument(f"the result in {folder} is damaged: {sealed.one_line(error)}; run it again") from error
 
     def to_json(self) -> str:
         """result.json: everything but the arrays' content; strict JSON, NaN is null."""
@@ -210,6 +223,38 @@ def numbers(words: pd.Series, before: str = "") -> pd.Series:
         return words.astype(float)
     found = words.astype(str).str.extract(rf"^{re.escape(before)}(\d+)$", expand=False)
     return found.astype(float)
+
+
+def _head(folder: Path) -> dict[str, Any]:
+    """What result.json says, if it is whole."""
+    path = folder / "result.json"
+    head, whole = sealed.read_json(path)
+    kind = head.get("format") if isinstance(head, dict) else None
+    if kind == FORMAT and whole:
+        return head
+    if kind != EARLIER:
+        what = "has no checksum" if kind == FORMAT else f"is of format {told(kind)}, not {told(FORMAT)}"
+        raise sealed.Unreadable(path, what)
+    warnings.warn(f"{folder} is of the earlier format {EARLIER}, in which nothing is under a checksum", stacklevel=4)
+    return head
+
+
+def _content(folder: Path, name: str, files: Any) -> bytes:
+    """The bytes of the file ``name``, if they are those that result.json has the size and the checksum of."""
+    if files is None:  # the format before this one
+        return sealed.content(folder / name)
+    try:
+        size, checksum = files[name]["bytes"], files[name]["sha256"]
+    except (KeyError, TypeError) as error:
+        raise sealed.Unreadable(folder / "result.json", f"does not say the size and the checksum of {name}") from error
+    data = sealed.content(folder / name, size)
+    if _sha256(data) != checksum:
+        raise sealed.Unreadable(folder / name, "was altered after it was saved: it does not give its checksum")
+    return data
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 _NUMBERS = re.compile(r"bool|u?int\d+|float\d+")

@@ -8,7 +8,6 @@ In between, the slope over prompts (``metric.recovery``) says how much of the co
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any

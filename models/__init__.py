@@ -22,6 +22,8 @@ from hooks.errors import BadArgument, told, unknown
 from models.checkpoint import CheckpointError, digest, load_file, save
 from models.linear_attention import LinearAttentionConfig, LinearTransformer
 from models.mamba import Mamba, MambaConfig
+from models.outline import check_size
+from models.plain import unwrapped
 from models.s4 import S4D, S4DConfig
 from models.s4_dplr import S4, S4Config
 from models.stack import LayerState, Root, Stack
@@ -73,6 +75,8 @@ CONFIGS: dict[str, Any] = {
 
 ZOO = Path(__file__).parent / "zoo"
 RUN_FILE = "model.safetensors"
+LARGEST = 2**31 - 1
+"""What the whole numbers of a configuration stay below: no axis of a model is longer."""
 
 
 def build(architecture: str, **config: Any) -> Root:
@@ -81,12 +85,12 @@ def build(architecture: str, **config: Any) -> Root:
     ``config`` are fields of its config class (:data:`CONFIGS`); the others have their defaults.
 
     Raises :class:`BadArgument` for an unknown architecture, an unknown field (with the near
-    names), a field of another type, or a value that the config class refuses.
+    names), a field of another type, or a value that the config class refuses; :class:`TooLarge`
+    for a model that the free memory does not hold.
     """
-    if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
-        raise BadArgument(unknown("architecture", architecture, ARCHITECTURES))
-    fields = CONFIGS[architecture]
-    return ARCHITECTURES[architecture](fields(**_checked(architecture, fields, config)))
+    checked = checked_config(architecture, config)
+    check_size(architecture, checked)
+    return ARCHITECTURES[architecture](checked)
 
 
 def load(source: str | os.PathLike[str] | nn.Module) -> Root:
@@ -101,18 +105,20 @@ def load(source: str | os.PathLike[str] | nn.Module) -> Root:
     what is wrong.
     """
     if isinstance(source, nn.Module):
-        return _from_module(source)
-    name = os.fspath(source)
+        return _from_module(unwrapped(source))
+    if not isinstance(source, str | os.PathLike) or not isinstance(name := os.fspath(source), str):
+        raise BadArgument(f"a model has a bundled name, a path or is a module; {told(source)} is none of them")
     if name in names():
         return load_file(ZOO / f"{name}.safetensors")
     path = Path(name)
-    if path.is_dir():
+    if os.path.isdir(path):  # these say no, and raise nothing, of a name that the system does not take
         return load_file(_run_file(path))
-    if path.exists() or path.suffix == ".safetensors":
+    if os.path.lexists(path) or path.suffix == ".safetensors":
         return load_file(path)
+    shown = f'"{name}"' if len(name) <= 200 else told(name)
     if "/" in name or os.sep in name:
         raise BadArgument(
-            f'there is no file or folder "{name}"; a Hugging Face model is loaded with '
+            f"there is no file or folder {shown}; a Hugging Face model is loaded with "
             "transformers first and given as a module"
         )
     raise BadArgument(unknown("bundled model", name, names(), "or give the path of a run folder"))
@@ -151,6 +157,16 @@ def _from_module(module: nn.Module) -> Root:
     )
 
 
+def checked_config(architecture: str, config: Mapping[str, Any]) -> Any:
+    """The config of ``architecture`` that ``config`` describes; raises as :func:`build` does."""
+    if not isinstance(architecture, str):
+        raise BadArgument(f"an architecture is a name, not {told(architecture)} (there is: {', '.join(ARCHITECTURES)})")
+    if architecture not in ARCHITECTURES:
+        raise BadArgument(unknown("architecture", architecture, ARCHITECTURES))
+    fields = CONFIGS[architecture]
+    return fields(**_checked(architecture, fields, config))
+
+
 def _checked(architecture: str, fields: Any, config: Mapping[str, Any]) -> dict[str, Any]:
     """``config`` with every name known and every value of its field's type."""
     kinds = typing.get_type_hints(fields)
@@ -163,6 +179,8 @@ def _checked(architecture: str, fields: Any, config: Mapping[str, Any]) -> dict[
             raise BadArgument(
                 f"{name}={told(value)}: a {architecture} config takes {kind} there, not {type(value).__name__}"
             )
+        if isinstance(value, int) and not -LARGEST <= value <= LARGEST:
+            raise BadArgument(f"{name} has {len(str(value))} digits: the largest number that it may be is {LARGEST:,}")
     return {name: float(value) if kinds[name] is float else value for name, value in config.items()}
 
 

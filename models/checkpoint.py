@@ -1,40 +1,43 @@
-"""Checkpoints: one safetensors file with the tensors, the architecture, the config and the card.
+"""Checkpoints: one sealed safetensors file with the tensors, the architecture, the config and the card.
 
 Nothing is ever unpickled: a pickle can run code when it is opened, a safetensors file is numbers
 behind a JSON header. A file that is not exactly what was saved is refused with one line, because
-a model that loads with a few wrong tensors gives numbers that look right.
+a model that loads with a few wrong tensors gives numbers that look right. One checksum is over
+every byte of the file, the header included (``hooks/sealed.py``).
 
 Header (safetensors' string-to-string metadata): ``format`` (:data:`FORMAT`), ``architecture`` (a
 key of ``models.ARCHITECTURES``), ``config`` (JSON, the fields of the config class), ``card``
-(JSON: what it was trained on and what it measured), ``digest`` (SHA-256 of the tensors).
+(JSON: what it was trained on and what it measured), ``seal`` (the checksum).
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
-import hashlib
 import json
 import os
 import re
-import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from hooks.errors import BadArgument, RunFailed
+from hooks import sealed
+from hooks.errors import BadArgument, RunFailed, told
+from hooks.sealed import one_line
 from models.card import Card
+from models.outline import fill, outline
+from models.plain import misfit, tensors_of, unwrapped
+from models.stack import Root
 
-FORMAT = "mambascope-1"
+FORMAT = "mambascope-2"
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""What a weight may be kept in: types that torch computes with."""
 
-# A JSON header longer than this is not a header (safetensors has the same limit).
-_LONGEST_HEADER = 100_000_000
 # Two path components after a slash at the start of a word, a home folder, or a Windows drive.
 _ABSOLUTE = re.compile(r"""(?:^|[\s=:,'"(\[])(?:(?:/[\w.+@-]+){2,}|~[\w.-]*/|[A-Za-z]:\\)""")
 _PERSONAL = frozenset({"host", "hostname", "node", "user", "username"})
@@ -60,45 +63,50 @@ def save(model: Any, path: str | os.PathLike[str], card: Mapping[str, Any]) -> N
     The bytes go to a temporary name in the same folder, are synced to the disk, and the file is
     renamed: a reader sees the old file or the new one, also after a power cut.
 
-    Raises :class:`CheckpointError` where the model holds NaN or inf, the card is not JSON or
-    names an absolute path or a host, or the folder cannot be written; :class:`RunFailed` where
-    the disk is full or failing.
+    A model in ``torch.compile``, DataParallel or DDP is saved as what is inside, and weights that torch
+    keeps in parts (a parametrisation, a pruning mask, a weight norm) as the weights that it computes with.
+
+    Raises :class:`CheckpointError` before anything is written where a checkpoint could not give the model
+    back: a tensor or module that is not of its architecture, two places that share a tensor, NaN or inf;
+    where the card is not JSON or names an absolute path or a host; where the folder cannot be written.
+    Raises :class:`RunFailed` where the disk is full or failing.
     """
-    target = Path(path)
+    target = _path(path)
     check_card(card)
-    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors_of(model).items()}
+    root, tensors = _checked(model)
     _check_finite(tensors, target)
     metadata = {
         "format": FORMAT,
-        "architecture": str(model.architecture),
-        "config": json.dumps(dataclasses.asdict(model.cfg), sort_keys=True),
+        "architecture": str(root.architecture),
+        "config": json.dumps(dataclasses.asdict(root.cfg), sort_keys=True),
         "card": json.dumps(dict(card), sort_keys=True, allow_nan=False),
-        "digest": _digest(tensors),
     }
-    _write_whole(target, safetensors.torch.save(tensors, metadata))
+    _write_whole(target, sealed.pack(tensors, metadata))
 
 
 def load_file(path: str | os.PathLike[str]) -> Any:
     """The model in the file ``path``, in eval mode, with its ``.card`` and the file's dtypes.
 
-    The global random state is left as it was. Raises :class:`CheckpointError` where the file is
-    refused by :func:`read` or does not fit the model that its own header describes.
+    The file is compared with the outline of the model that its header describes, before any of the
+    model is made: it takes no more memory than the file has. The global random state is left as it
+    was. Raises :class:`CheckpointError` where the file is refused by :func:`read` or does not fit
+    the model that its own header describes.
     """
-    # Here and not at the top: models/__init__ imports this module.
-    from models import build
-
-    tensors, header = read(path)
+    stored = _stored(path)
+    header = _header(stored)
+    layers = header.config.get("n_layers", 0)
+    if isinstance(layers, int) and layers > len(stored.shapes):
+        raise CheckpointError(
+            f"{_shown(path)} does not fit its own {told(header.architecture)} config: it has {len(stored.shapes)} "
+            f"tensors, its config says n_layers={told(layers)}"
+        )
     try:
-        # On the CPU, as the file's tensors are, whatever torch's default device is.
-        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-            model = build(header.architecture, **header.config)
+        model = outline(header.architecture, header.config)
     except BadArgument as error:
         raise CheckpointError(f"{_shown(path)} cannot be built: {error}") from error
     own = tensors_of(model)
-    _check_names(tensors, own, header.architecture, path)
-    for name, value in own.items():
-        # Through .data, as Module.to does: tied parameters stay tied and the file's dtype wins.
-        value.data = tensors[name]
+    _check_names(stored.shapes, own, header.architecture, path)
+    fill(model, own, _tensors(stored))
     model.card = Card(header.card)
     return model.eval()
 
@@ -106,45 +114,38 @@ def load_file(path: str | os.PathLike[str]) -> Any:
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], Header]:
     """``(tensors, header)`` of the checkpoint at ``path``, verified but not yet put into a model.
 
-    Raises :class:`CheckpointError` for a file that is missing, truncated, not safetensors, not
-    ours, of another format, altered since it was saved, or that holds NaN or inf.
+    A checkpoint of the format before this one, whose header is under no checksum, is read with a warning.
+
+    Raises :class:`CheckpointError` for a file that is missing, no regular file, truncated, not
+    safetensors, not ours, of another format, altered since it was saved in any of its bytes, larger than
+    the free memory, or that holds NaN or inf or another type of number than torch computes with.
     """
-    data = _bytes(path)
-    metadata = _metadata(data, path)
-    try:
-        tensors = safetensors.torch.load(data)
-    except (safetensors.SafetensorError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{_shown(path)} is damaged: {_one_line(error)}") from error
-    header = Header(
-        architecture=metadata["architecture"],
-        config=_json(metadata, "config", path),
-        card=_json(metadata, "card", path),
-    )
-    _check_finite(tensors, path)
-    if _digest(tensors) != metadata["digest"]:
-        raise CheckpointError(
-            f"{_shown(path)} was altered after it was saved: its tensors do not give the digest in its header"
-        )
-    return tensors, header
+    stored = _stored(path)
+    return _tensors(stored), _header(stored)
+
+
+def renew(path: str | os.PathLike[str]) -> bool:
+    """Write the checkpoint at ``path``, of the format before this one, as one of this format.
+
+    Tensors, architecture, config and card stay what they are, to the last bit. Returns False, and does
+    nothing, where the file is of this format already. Raises as :func:`read` and :func:`save` do.
+    """
+    stored = _stored(path)
+    if stored.sealed:
+        return False
+    tensors = _tensors(stored, quiet=True)
+    texts = {name: text for name, text in stored.metadata.items() if name != "digest"}
+    _write_whole(_path(path), sealed.pack(tensors, {**texts, "format": FORMAT}))
+    return True
 
 
 def digest(model: nn.Module) -> str:
     """SHA-256 (64 hex digits) of the tensors of ``model``: names, dtypes, shapes and bytes.
 
     The same on every device; another dtype or one changed bit gives another digest. Hooks, the
-    card and train/eval mode do not count.
+    card, train/eval mode and wrappers such as ``torch.compile``'s do not count.
     """
-    return _digest({name: value.detach().cpu() for name, value in tensors_of(model).items()})
-
-
-def tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers of ``model`` by name, a tied one under its first name."""
-    seen: dict[int, str] = {}
-    found: dict[str, Tensor] = {}
-    for name, value in model.state_dict(keep_vars=True).items():
-        if isinstance(value, Tensor) and seen.setdefault(id(value), name) == name:
-            found[name] = value
-    return found
+    return sealed.digest({name: value.detach().cpu() for name, value in tensors_of(model).items()})
 
 
 def check_card(card: Mapping[str, Any]) -> None:
@@ -154,8 +155,8 @@ def check_card(card: Mapping[str, Any]) -> None:
     """
     try:
         json.dumps(dict(card), allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"the card is not JSON: {_one_line(error)}") from error
+    except (TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"the card is not JSON: {one_line(error)}") from error
     for place, value in _leaves(card, "card"):
         key = place.rsplit(".", 1)[-1]
         if key.lower() in _PERSONAL:
@@ -175,71 +176,117 @@ def _leaves(value: Any, place: str) -> Iterator[tuple[str, Any]]:
         yield place, value
 
 
-def _bytes(path: str | os.PathLike[str]) -> bytes:
+def _checked(model: Any) -> tuple[Root, dict[str, Tensor]]:
+    """(the model without its wrappers, its tensors on the CPU), if a checkpoint of them loads as the same function."""
+    root = unwrapped(model)
+    if not isinstance(root, Root):
+        raise CheckpointError(f"{told(root)} is not a model of this project: models.save takes what models.build makes")
+    cannot = f"this {type(root).__name__} cannot be saved"
+    plain = outline(root.architecture, dataclasses.asdict(root.cfg))
+    reason = misfit(root, plain)
+    if reason:
+        raise CheckpointError(f"{cannot}: {reason}")
+    tensors, wanted = tensors_of(root), tensors_of(plain)
+    for name, value in wanted.items():
+        if name not in tensors or tensors[name].shape != value.shape:
+            found = f"has shape {tuple(tensors[name].shape)}" if name in tensors else "is gone"
+            raise CheckpointError(f"{cannot}: {name} {found}, its config says {tuple(value.shape)}")
+    for name, value in tensors.items():
+        if name not in wanted:
+            raise CheckpointError(f"{cannot}: {name} is not one of the tensors of its architecture")
+        if value.dtype not in DTYPES or value.is_meta:
+            what = "has no numbers (it is on the meta device)" if value.is_meta else f"holds {_type(value)}"
+            raise CheckpointError(f"{cannot}: {name} {what}; {_KEPT}")
+    return root, {name: _apart(value.detach().cpu()) for name, value in tensors.items()}
+
+
+def _apart(value: Tensor) -> Tensor:
+    """``value`` contiguous in memory that is its own: safetensors refuses parts of one vector, as some optimizers keep."""
+    whole = value.is_contiguous() and value.untyped_storage().nbytes() == value.nbytes
+    return value if whole else value.clone(memory_format=torch.contiguous_format)
+
+
+_KEPT = "weights are kept in float64, float32, bfloat16 or float16"
+
+
+def _type(value: Tensor) -> str:
+    return str(value.dtype).removeprefix("torch.")
+
+
+def _path(path: str | os.PathLike[str]) -> Path:
     try:
-        data = Path(path).read_bytes()
+        return Path(path)
+    except TypeError:
+        raise CheckpointError(f"a checkpoint has a path, not {told(path)}") from None
+
+
+def _stored(path: str | os.PathLike[str]) -> sealed.Stored:
+    """The file at ``path``, if it calls itself a checkpoint of this format or of the one before."""
+    try:
+        stored = sealed.read(_path(path))
     except FileNotFoundError:
         raise CheckpointError(f"there is no file {_shown(path)}") from None
-    except OSError as error:
-        raise CheckpointError(f"{_shown(path)} cannot be read: {error.strerror}") from error
-    if not data:
-        raise CheckpointError(f"{_shown(path)} is empty")
-    if data.startswith(b"PK\x03\x04") or (data[0] == 0x80 and data[1:2] in b"\x02\x03\x04\x05"):
-        raise CheckpointError(f"{_shown(path)} is a pickle (torch.save): nothing is unpickled here; save safetensors")
-    if data.startswith(b"version https://git-lfs"):
-        raise CheckpointError(f"{_shown(path)} is a Git LFS pointer, not the file itself: run `git lfs pull`")
-    return data
-
-
-def _metadata(data: bytes, path: str | os.PathLike[str]) -> dict[str, str]:
-    """The string metadata of a safetensors file of ours, after its length has been checked."""
-    size = struct.unpack("<Q", data[:8])[0] if len(data) >= 8 else _LONGEST_HEADER + 1
-    if size > _LONGEST_HEADER or data[8:9] not in (b"{", b""):
-        raise CheckpointError(f"{_shown(path)} is not a safetensors file (it starts with {data[:12]!r})")
-    if len(data) < 8 + size:
-        raise CheckpointError(f"{_shown(path)} is truncated: {len(data)} bytes, and its header alone has {8 + size}")
-    try:
-        header = json.loads(data[8 : 8 + size])
-        metadata = header.pop("__metadata__", {})
-        whole = 8 + size + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    except (ValueError, AttributeError, KeyError, TypeError, IndexError) as error:
-        raise CheckpointError(f"{_shown(path)} is damaged: its header is not a safetensors header") from error
-    if len(data) < whole:
-        raise CheckpointError(f"{_shown(path)} is truncated: it has {len(data)} of {whole} bytes")
-    if not isinstance(metadata, dict) or "format" not in metadata:
+    except sealed.Unreadable as error:
+        raise CheckpointError(str(error)) from error
+    kind = stored.metadata.get("format")
+    if kind is None:
         raise CheckpointError(
             f"{_shown(path)} was not written by this project: its header has no card and no architecture"
         )
-    if metadata["format"] != FORMAT:
-        raise CheckpointError(f'{_shown(path)} is of format "{metadata["format"]}"; this version reads "{FORMAT}"')
-    missing = [key for key in ("architecture", "config", "card", "digest") if key not in metadata]
+    if kind not in (FORMAT, sealed.EARLIER):
+        raise CheckpointError(f'{_shown(path)} is of format {told(kind)}; this version reads "{FORMAT}"')
+    missing = [key for key in ("architecture", "config", "card") if key not in stored.metadata]
+    if kind == FORMAT and not stored.sealed:
+        missing.append("seal")
     if missing:
         raise CheckpointError(f"{_shown(path)} is damaged: its header lacks {', '.join(missing)}")
-    return metadata
+    return stored
 
 
-def _json(metadata: Mapping[str, str], key: str, path: str | os.PathLike[str]) -> dict[str, Any]:
+def _header(stored: sealed.Stored) -> Header:
+    config, card = (_json(stored, key) for key in ("config", "card"))
+    return Header(stored.metadata["architecture"], config, card)
+
+
+def _tensors(stored: sealed.Stored, quiet: bool = False) -> dict[str, Tensor]:
+    """The tensors, verified; of the format before this one with a warning, unless ``quiet``."""
     try:
-        value = json.loads(metadata[key])
-    except ValueError as error:
-        raise CheckpointError(f"{_shown(path)} is damaged: the {key} in its header is not JSON") from error
+        tensors = stored.tensors()
+    except sealed.Unreadable as error:
+        raise CheckpointError(str(error)) from error
+    for name, value in tensors.items():
+        if value.dtype not in DTYPES:
+            raise CheckpointError(f"{_shown(stored.path)}: {name} holds {_type(value)}; {_KEPT}")
+    _check_finite(tensors, stored.path)
+    if not stored.sealed and not stored.earlier(tensors, quiet):
+        raise CheckpointError(
+            f"{_shown(stored.path)} was altered after it was saved: its tensors do not give the digest in its header"
+        )
+    return tensors
+
+
+def _json(stored: sealed.Stored, key: str) -> dict[str, Any]:
+    try:
+        value = sealed.parsed(stored.metadata[key], stored.path, f"the {key} in its header")
+    except sealed.Unreadable as error:
+        raise CheckpointError(str(error)) from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{_shown(path)} is damaged: the {key} in its header is not a JSON object")
+        raise CheckpointError(f"{_shown(stored.path)} is damaged: the {key} in its header is not a JSON object")
     return value
 
 
 def _check_names(
-    tensors: Mapping[str, Tensor],
+    shapes: Mapping[str, tuple[int, ...]],
     own: Mapping[str, Tensor],
     architecture: str,
     path: str | os.PathLike[str],
 ) -> None:
-    wrong = [f"{name} is missing" for name in own if name not in tensors]
-    wrong += [f"{name} is not one of its tensors" for name in tensors if name not in own]
+    wrong = [f"{name} is missing" for name in own if name not in shapes]
+    wrong += [f"{one_line(name)} is not one of its tensors" for name in shapes if name not in own]
     wrong += [
-        f"{name} has shape {tuple(tensors[name].shape)}, its config says {tuple(value.shape)}"
+        f"{name} has shape {shapes[name]}, its config says {tuple(value.shape)}"
         for name, value in own.items()
-        if name in tensors and tensors[name].shape != value.shape
+        if name in shapes and shapes[name] != tuple(value.shape)
     ]
     if wrong:
         more = f" (and {len(wrong) - 2} more)" if len(wrong) > 2 else ""
@@ -255,15 +302,6 @@ def _check_finite(tensors: Mapping[str, Tensor], path: str | os.PathLike[str]) -
             raise CheckpointError(f"{_shown(path)}: {name} holds {kind}, so every output of the model would")
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    total = hashlib.sha256()
-    for name in sorted(tensors):
-        value = tensors[name].contiguous()
-        total.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        total.update(value.reshape(-1).view(torch.uint8).numpy().data)
-    return total.hexdigest()
-
-
 def _write_whole(target: Path, data: bytes) -> None:
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
@@ -273,11 +311,13 @@ def _write_whole(target: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, target)
         _sync_folder(target.parent)
-    except OSError as error:
-        kind = RunFailed if error.errno in _DISK else CheckpointError
-        raise kind(f"{_shown(target)} could not be written: {error.strerror}; nothing was changed") from error
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+        kind = RunFailed if isinstance(error, OSError) and error.errno in _DISK else CheckpointError
+        reason = error.strerror if isinstance(error, OSError) else one_line(error)
+        raise kind(f"{_shown(target)} could not be written: {reason}; nothing was changed") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError, ValueError):
+            temporary.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -296,7 +336,3 @@ def _sync_folder(folder: Path) -> None:
 
 def _shown(path: str | os.PathLike[str]) -> str:
     return f'"{os.fspath(path)}"'
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())

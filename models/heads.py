@@ -6,6 +6,7 @@ from typing import Any
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from hooks.errors import BadArgument, unknown
 from hooks.point import emit, site
@@ -46,6 +47,42 @@ def read_in(cfg: Any) -> LinearReadIn | TokenReadIn:
     return TokenReadIn(cfg.d_out, cfg.d_model) if cfg.head == "lm" else LinearReadIn(cfg.d_in, cfg.d_model)
 
 
+class TiedLinear(nn.Module):
+    """r ↦ E r, with the embedding table E itself: what replaces, wraps or frees the table does so for both its uses.
+
+    It holds no parameter of its own, so a model has one table whatever is done to it (``load_state_dict(assign=True)``,
+    ``to_empty``, a parametrisation), and lists it once. ``weight`` is the table.
+    """
+
+    bias = None
+
+    def __init__(self, embed: TokenReadIn) -> None:
+        super().__init__()
+        self.follow(embed)
+
+    def follow(self, embed: TokenReadIn) -> None:
+        """Read out with the table of ``embed`` from now on."""
+        # Beside the module tree: the table belongs to the read-in.
+        self.__dict__["embed"] = embed
+
+    @property
+    def weight(self) -> Tensor:
+        """The table (vocabulary, d_model)."""
+        return self.embed.table.weight
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name != "weight":
+            super().__setattr__(name, value)
+        elif value is not self.weight:  # ``weight *= 2`` hands back the tensor that it has written to
+            raise BadArgument(
+                "the read-out of this model is its embedding table (tie_embeddings=True): set embed.table.weight, or "
+                "build the model with tie_embeddings=False"
+            )
+
+    def forward(self, r: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_out"]:
+        return F.linear(r, self.weight)
+
+
 class ReadOut(nn.Module):
     """Linear map of the normalised residual stream to the prediction at every position.
 
@@ -56,9 +93,10 @@ class ReadOut(nn.Module):
     def __init__(self, cfg: Any, embed: LinearReadIn | TokenReadIn) -> None:
         super().__init__()
         self.d_out = cfg.d_out
-        self.linear = nn.Linear(cfg.d_model, cfg.d_out, bias=cfg.head != "lm")
-        if isinstance(embed, TokenReadIn) and cfg.tie_embeddings:
-            self.linear.weight = embed.table.weight
+        tied = isinstance(embed, TokenReadIn) and cfg.tie_embeddings
+        # Drawn also where it is not kept: the weights that are drawn after it are then the same for one seed.
+        own = nn.Linear(cfg.d_model, cfg.d_out, bias=cfg.head != "lm")
+        self.linear: nn.Module = TiedLinear(embed) if tied else own
         self.hook_out = site("head.hook_out")
 
     def forward(self, r: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_out"]:

@@ -41,7 +41,7 @@ from hooks.point import emit, site, state_edits, watched
 from hooks.precision import exact
 from models.mamba import CausalConv
 from models.recurrence import recurrence
-from models.stack import LayerState, Stack
+from models.stack import LayerState, Stack, check_config
 
 Inner = Float[Tensor, "batch pos d_inner"]
 Heads = Float[Tensor, "batch pos head d_state"]
@@ -73,9 +73,7 @@ class LinearAttentionConfig:
     tie_embeddings: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("d_model", "n_layers", "n_heads", "features", "d_conv", "d_in", "d_out"):
-            if getattr(self, name) < 1:
-                raise BadArgument(f"{name}={getattr(self, name)}: it must be at least 1")
+        check_config(self, "d_model", "n_layers", "n_heads", "d_state", "d_conv", "d_in", "d_out")
         if self.d_mlp < 0:
             raise BadArgument(f"d_mlp={self.d_mlp}: it must be at least 0 (0 for no MLP)")
         if self.d_model % self.n_heads:

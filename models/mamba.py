@@ -46,7 +46,7 @@ from hooks.point import emit, only_read, plain_linear, site, state_edits, watche
 from hooks.precision import exact
 from models.recurrence import recurrence
 from models.scan import convolution, kernel, selective_scan, selective_scan_states, selective_states
-from models.stack import LayerState, Stack
+from models.stack import LayerState, Stack, check_config
 
 Inner = Float[Tensor, "batch pos d_inner"]
 OPTIONS = {"selection": ("content", "constant_step"), "step": ("softplus", "tangent"), "gate": ("silu", "linear")}
@@ -76,9 +76,7 @@ class MambaConfig:
     gate: str = "silu"
 
     def __post_init__(self) -> None:
-        for name in ("d_model", "n_layers", "d_state", "d_conv", "expand", "d_in", "d_out"):
-            if getattr(self, name) < 1:
-                raise BadArgument(f"{name}={getattr(self, name)}: it must be at least 1")
+        check_config(self, "d_model", "n_layers", "d_state", "d_conv", "expand", "dt_rank", "d_in", "d_out")
         for name, known in OPTIONS.items():
             if getattr(self, name) not in known:
                 raise BadArgument(unknown(f"value of {name}", getattr(self, name), known))

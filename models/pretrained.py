@@ -1,7 +1,8 @@
 """Mamba-1 checkpoints ⇄ ours: Hugging Face modules and state dicts with mamba_ssm's names.
 
 The one file that imports transformers, and only inside functions. A conversion is not believed:
-the logits of both models on the same tokens are compared before the model is handed out.
+both models run on the same tokens, and every part (the embedding, each block, the final norm with the
+read-out) is compared on the same input before the model is handed out.
 mamba_ssm's names are the canonical ones:
 
     backbone.embedding.weight         embed.table.weight
@@ -33,8 +34,9 @@ from models.card import Card
 from models.checkpoint import CheckpointError, tensors_of
 from models.mamba import Mamba, MambaConfig
 
-TOLERANCE = 1e-4
-"""Largest difference of logits in a conversion, for logits up to 1; in proportion above."""
+TOLERANCE = 1e-5
+"""Largest difference between a part of a model and the same part of the other on the same input, as a share of the
+largest number that comes out. Rounding is a tenth of it, at any depth: no part sees what the others rounded."""
 
 _EMBEDDING = "backbone.embedding.weight"
 _LAYER = re.compile(r"backbone\.layers\.(\d+)\.(norm\.weight|mixer\..+)")
@@ -62,7 +64,7 @@ def from_hugging_face(module: nn.Module) -> Mamba:
     """Our Mamba with the weights of a live ``MambaForCausalLM`` or ``MambaModel``, in eval mode.
 
     A bare ``MambaModel`` gets its own embedding table as the read-out. Half-precision weights are
-    widened to fp32, which loses nothing. The logits of both on a few random tokens agree to
+    widened to fp32, which loses nothing. On a few random tokens every part of both agrees to
     :data:`TOLERANCE`, or :class:`CheckpointError` is raised; so it is for a variant that is
     another function (the message says which).
     """
@@ -100,7 +102,7 @@ def to_hugging_face(model: nn.Module) -> Any:
     """A Hugging Face ``MambaForCausalLM`` with a copy of the weights of ``model``, in eval mode.
 
     ``model`` is a selective Mamba with ``head="lm"``; anything else has no counterpart there
-    (:class:`BadArgument`). The logits are compared as in :func:`from_hugging_face`. (On a CPU
+    (:class:`BadArgument`). Both are compared as in :func:`from_hugging_face`. (On a CPU
     where a mamba_ssm can be imported, transformers calls its CUDA functions all the same and the
     module's own forward fails.)
     """
@@ -237,36 +239,88 @@ def _config(named: Mapping[str, Tensor], norm_eps: float) -> MambaConfig:
     )
 
 
-def _compare(model: Mamba, module: nn.Module) -> float:
-    """Largest difference of the logits of both; raises where it is too large."""
+def _compare(model: Mamba, module: Any) -> float:
+    """Largest difference of a part of both on the same input, as a share of the part's largest number; raises above
+    :data:`TOLERANCE`, and where a weight of one is not that of the other to the last bit.
+
+    Each block gets what our blocks before it gave, so that depth adds nothing: with ever more layers, or weights that
+    amplify, the logits of two right models drift apart by rounding alone. That their model is these parts one after
+    the other, and nothing else, is asked of their own forward.
+    """
+    wrong = f"the conversion of this {type(module).__name__} is wrong"
+    given = {_canonical(name): value for name, value in module.state_dict().items()}
+    for name, value in to_state_dict(model).items():
+        theirs = given.get(name, given[_EMBEDDING] if name == "lm_head.weight" else None)
+        if theirs is None or not torch.equal(value, theirs.to(value)):
+            raise CheckpointError(f"{wrong}: {name} has other values here than there")
     own = next(model.parameters())
+    if module.dtype != own.dtype:
+        module = copy.deepcopy(module).to(own.dtype)  # half precision, which is widened
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(model.cfg.d_out, (2, 12), generator=generator, device="cpu").to(own.device)
-    with torch.no_grad():
-        ours, theirs = model(tokens), _logits(module, tokens)
-    difference = float((ours.double() - theirs.double()).abs().max())
-    allowed = TOLERANCE * max(1.0, float(theirs.abs().max()))
-    if not difference <= allowed:
-        raise CheckpointError(
-            f"the conversion of this {type(module).__name__} is wrong: logits differ by "
-            f"{difference:.2g}, allowed {allowed:.2g}"
-        )
-    return difference
+    largest = 0.0
+    with torch.no_grad(), _in_eval_mode(module), _torch_functions(module):
+        theirs, composed = _logits(module, tokens), _composed(module, tokens)
+        if not float((theirs - composed).abs().max()) <= TOLERANCE * float(theirs.abs().max()):
+            raise CheckpointError(f"{wrong}: its forward is not its blocks one after the other")
+        for part, ours, reference in _parts(model, module, tokens):
+            difference = float((ours.double() - reference.double()).abs().max())
+            scale = float(reference.abs().max())
+            if not difference <= TOLERANCE * scale:
+                raise CheckpointError(
+                    f"{wrong}: {part} differ by {difference:.2g} of {scale:.2g}, allowed {TOLERANCE:g} of that"
+                )
+            largest = max(largest, difference / scale if scale else 0.0)
+    return largest
+
+
+def _parts(
+    model: Mamba, module: Any, tokens: Int[Tensor, "batch pos"]
+) -> Iterator[tuple[str, Float[Tensor, "batch pos d"], Float[Tensor, "batch pos d"]]]:
+    """(what it is, ours, theirs) of each part."""
+    backbone = _backbone(module)
+    r = model.embed(tokens)
+    yield "the embeddings", r, backbone.embeddings(tokens)
+    for i, (block, layer) in enumerate(zip(model.blocks, backbone.layers, strict=True)):
+        # What a layer adds, not the sum, in which a large residual stream would hide it.
+        ours, _ = block.mixer(block.norm(r), None, False)  # type: ignore[operator, union-attr]
+        yield f"what layer {i} adds", ours, layer.mixer(layer.norm(r))
+        r, _ = block(r, None, False)
+    yield "the logits", model.head(model.ln_final(r)), _read_out(module, backbone.norm_f(r))
+
+
+def _composed(module: Any, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_out"]:
+    """Their logits from their own parts."""
+    backbone = _backbone(module)
+    r = backbone.embeddings(tokens)
+    for layer in backbone.layers:
+        r = r + layer.mixer(layer.norm(r))
+    return _read_out(module, backbone.norm_f(r))
 
 
 def _logits(module: Any, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_out"]:
-    """Logits of a Hugging Face module in at least fp32; the module is left as it was."""
-    if module.dtype not in (torch.float32, torch.float64):
-        module = copy.deepcopy(module).float()
+    """Their logits as their own forward gives them."""
+    out = module(tokens, use_cache=False, return_dict=True)
+    return out.logits if hasattr(out, "logits") else _read_out(module, out.last_hidden_state)
+
+
+def _backbone(module: Any) -> Any:
+    return getattr(module, "backbone", module)
+
+
+def _read_out(module: Any, hidden: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_out"]:
+    return module.lm_head(hidden) if hasattr(module, "lm_head") else hidden @ module.embeddings.weight.T
+
+
+@contextmanager
+def _in_eval_mode(module: nn.Module) -> Iterator[None]:
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:
-        with _torch_functions(module):
-            out = module(tokens, use_cache=False, return_dict=True)
+        yield
     finally:
         for part, mode in modes:
             part.training = mode
-    return out.logits if hasattr(out, "logits") else out.last_hidden_state @ module.embeddings.weight.T
 
 
 @contextmanager

@@ -49,7 +49,7 @@ from hooks.precision import exact
 from hooks.transforms import active
 from models.recurrence import recurrence
 from models.scan import constant_pair_states, convolution, kernel, pair_scan
-from models.stack import LayerState, Stack
+from models.stack import LayerState, Stack, check_config
 
 Inner = Float[Tensor, "batch pos d_inner"]
 Pair = Float[Tensor, "batch d_inner re_im"]
@@ -76,9 +76,7 @@ class S4DConfig:
     tie_embeddings: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("d_model", "n_layers", "d_state", "d_in", "d_out"):
-            if getattr(self, name) < 1:
-                raise BadArgument(f"{name}={getattr(self, name)}: it must be at least 1")
+        check_config(self, "d_model", "n_layers", "d_state", "d_in", "d_out")
         if not 0 < self.dt_min <= self.dt_max < math.inf:
             raise BadArgument(f"dt_min={self.dt_min}, dt_max={self.dt_max}: it must be 0 < dt_min ≤ dt_max")
 

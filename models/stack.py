@@ -6,6 +6,7 @@ mixer is the architecture. State goes in and out as one :class:`LayerState` for 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -21,7 +22,7 @@ from hooks.finite import check_input, check_weights, checked
 from hooks.point import HookedModule, emit, site
 from hooks.recompute import begin
 from models.card import Card
-from models.heads import ReadOut, read_in
+from models.heads import ReadOut, TiedLinear, read_in
 
 
 class LayerState(NamedTuple):
@@ -43,6 +44,19 @@ class Config(Protocol):
     n_layers: int
     norm_eps: float
     head: str
+
+
+def check_config(cfg: Any, *sizes: str) -> None:
+    """Raise :class:`BadArgument` where one of the fields ``sizes`` is below 1, or ``norm_eps`` is no number to divide by.
+
+    None in a field stands for the field's own default, which the class works out of the others.
+    """
+    for name in sizes:
+        value = getattr(cfg, name)
+        if value is not None and value < 1:
+            raise BadArgument(f"{name}={value}: it must be at least 1")
+    if not 0 <= getattr(cfg, "norm_eps", 0.0) < math.inf:
+        raise BadArgument(f"norm_eps={cfg.norm_eps}: it must be a finite number, at least 0")
 
 
 class RMSNorm(nn.Module):
@@ -127,6 +141,7 @@ class Root(HookedModule):
         self.card: dict[str, Any] = Card()
         self.embed: Any = read_in(cfg)
         self.hook_embed = site("hook_embed")
+        self.register_load_state_dict_pre_hook(_one_table)
 
     @never_compiled
     def forward(
@@ -147,6 +162,8 @@ class Root(HookedModule):
         Raises :class:`BadArgument` for an input or a state of another shape, dtype or device, :class:`NonFinite` for
         NaN or inf, with the place where it first appears.
         """
+        if (tied := _tied(self)) is not None:
+            tied.follow(self.embed)  # which somebody, or DataParallel, may have replaced
         self.runs += 1
         start, stop = self._layer(start_at_layer, "start_at_layer"), self._layer(stop_at_layer, "stop_at_layer")
         self.last_stop = stop_at_layer
@@ -211,6 +228,31 @@ class Root(HookedModule):
             raise BadArgument(f"step takes one token of each prompt, {want}; this one has shape {tuple(token.shape)}")
         prompts: Tensor = token[:, None]
         return prompts
+
+
+def _tied(model: Root) -> TiedLinear | None:
+    read_out = getattr(model.head, "linear", None)
+    return read_out if isinstance(read_out, TiedLinear) else None
+
+
+def _one_table(
+    model: Root, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing: Any, unexpected: Any,
+    errors: list[str],
+) -> None:  # fmt: skip
+    """A tied model has one table: a dict that names it as the read-out too, or only so, gives the one; two different
+    ones are refused.
+    """
+    if _tied(model) is None:
+        return
+    table, second = f"{prefix}embed.table.weight", f"{prefix}head.linear.weight"
+    if second not in state_dict:
+        return
+    value = state_dict.pop(second)
+    first = state_dict.setdefault(table, value)
+    if first is not value and (first.shape != value.shape or not torch.equal(first.to(value), value)):
+        errors.append(
+            f"{second} differs from {table}, and in this model they are one tensor: build it with tie_embeddings=False"
+        )
 
 
 class Stack(Root):

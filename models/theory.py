@@ -84,8 +84,10 @@ class TheoryConfig:
             raise BadArgument(f'start="{self.start}": there is {", ".join(STARTS)}')
         if self.half_life is not None and not (self.bias and self.selection):
             raise BadArgument(f"half_life={self.half_life:g} is a bias of Δ: give bias=True and selection=True")
-        if self.half_life is not None and not 0 < self.half_life < math.inf:
+        if self.half_life is not None and not 1e-30 < self.half_life < math.inf:
             raise BadArgument(f"half_life={self.half_life:g}: it must be a positive number of tokens")
+        if not abs(self.scale) < 1e30:  # weights are in single precision
+            raise BadArgument(f"scale={self.scale:g}: it must be a finite number below 1e30")
 
     @property
     def device(self) -> str:
@@ -129,7 +131,7 @@ class TheoryMixer(nn.Module):
             self.b_B, self.b_C = nn.Parameter(torch.zeros(cfg.states)), nn.Parameter(torch.zeros(cfg.states))
         if cfg.bias and cfg.selection:
             step = math.log(2) if cfg.half_life is None else math.log(2) / cfg.half_life
-            self.b_delta = nn.Parameter(torch.tensor([math.log(math.expm1(step))]))
+            self.b_delta = nn.Parameter(torch.tensor([step + math.log(-math.expm1(-step))]))
         self.hook_B, self.hook_C = site("hook_B"), site("hook_C")
         self.hook_state_init = site("hook_state_init")
         self.hook_decay, self.hook_write, self.hook_state = site("hook_decay"), site("hook_write"), site("hook_state")

@@ -32,7 +32,7 @@ from hooks.errors import BadArgument
 from hooks.point import as_ours, emit
 from hooks.sites import kind_of
 from models.heads import ReadOut
-from models.stack import Root, State
+from models.stack import Root, State, check_config
 
 Residual = Float[Tensor, "batch pos d_model"]
 
@@ -91,9 +91,7 @@ class TransformerConfig:
     tie_embeddings: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("d_model", "n_layers", "n_heads", "n_ctx", "d_in", "d_out"):
-            if getattr(self, name) < 1:
-                raise BadArgument(f"{name}={getattr(self, name)}: it must be at least 1")
+        check_config(self, "d_model", "n_layers", "n_heads", "n_ctx", "d_in", "d_out")
         if self.d_mlp is not None and self.d_mlp < 1:
             raise BadArgument(f"d_mlp={self.d_mlp}: it must be at least 1, or None for 4 d_model")
         if self.d_model % self.n_heads:

@@ -7,8 +7,6 @@ settings. The method is Levenberg and Marquardt's in the logarithm of each fitte
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from jaxtyping import Float
 from torch import Tensor

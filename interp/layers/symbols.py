@@ -21,8 +21,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot
 
 from hooks.brief import brief
-from interp import estimators
-from interp.estimators.chains import contexts, forgetting
+from interp.estimators.chains import contexts
 from interp.layers import lens
 from interp.layers.families import Candidates, Family, Predictions, Settings, Where, around, known, rows
 from interp.tasks.base import Batch, Task, guess

@@ -141,10 +141,10 @@ def fit(
     objective = accelerator.prepare(Objective(model, run.tasks))
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     file = run.folder / "resume" / f"{name}.safetensors"
-    progress = resume.go_on(file, accelerator, model, optimizer)
+    progress, lines = resume.go_on(file, accelerator, model, optimizer, steps)
     writer = None
     if metrics is not None and accelerator.is_main_process:
-        writer = resume.Metrics(metrics, keep=progress["step"])
+        writer = resume.Metrics(metrics, lines)
     validate = validation(run)
     began = time.perf_counter() - progress["seconds"]
     model.train()
@@ -190,7 +190,7 @@ def fit(
                     writer.append(row)
             last = done == steps or at_rest(progress, patience)
             if done % config.save_every == 0 or last or asked:
-                resume.keep(file, accelerator, model, optimizer, progress)
+                resume.keep(file, accelerator, model, optimizer, progress, "" if writer is None else writer.text)
             if asked and not last:
                 raise RunFailed(
                     f"stopped by {run.stop.name or 'a signal'} after step {done} of {steps} ({label}); {run.again}"

@@ -189,8 +189,8 @@ def read(path: Path) -> TrainConfig:
     """The recipe in a JSON file."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BadArgument(f"cannot read the recipe {path}: {error}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise BadArgument(f"cannot read the recipe {path}: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise BadArgument(f"{path} is not a recipe: it holds no JSON object")
     return from_dict(values, str(path))

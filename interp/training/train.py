@@ -3,7 +3,9 @@
     train(build_model, task, config, out, save) -> Trained
 
 ``out`` then holds ``model.safetensors`` (the weights, with a card that says what they are),
-``recipe.json`` and ``metrics.jsonl``; ``resume/`` exists only while the training is under way.
+``recipe.json`` and ``metrics.jsonl``; ``resume/`` exists only while the training is under way. Whatever is
+read back is under a checksum: the checkpoint and the resume files are sealed, and the card has the
+checksums of the two files beside it.
 
 accelerate spreads a step over processes and sets the mixed precision. The models and ``save`` are
 handed in: this package knows tasks, not architectures.
@@ -12,12 +14,12 @@ handed in: this package knows tasks, not architectures.
 from __future__ import annotations
 
 import contextlib
-import json
+import hashlib
 import math
 import os
 import platform
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,9 +29,9 @@ import pandas as pd
 import torch
 from accelerate import Accelerator
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from hooks import sealed
 from hooks.brief import brief
 from hooks.errors import BadArgument, NonFinite, RunFailed, told
 from interp import evaluate, tasks
@@ -50,6 +52,7 @@ EVALUATION_PROMPTS = 1280
 LAUNCHER = ("WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
 """What accelerate launch and torchrun put into the environment: numbers, all of them."""
 CHECKPOINT = "model.safetensors"
+BESIDE = ("recipe.json", "metrics.jsonl")
 Save = Callable[[nn.Module, Path, dict[str, Any]], None]
 
 
@@ -112,7 +115,8 @@ def train(
 ) -> Trained:
     """Train ``build_model()`` on ``task`` by ``config`` in the folder ``out``, or go on with it.
 
-    ``save(model, path, card)`` writes the finished checkpoint, whole or not at all. The number of
+    ``save(model, path, card)`` writes the finished checkpoint, whole or not at all, as a sealed file
+    (``hooks.sealed``) whose metadata hold the card as JSON. The number of
     threads is torch's and is recorded. If ``out`` holds the finished result of this very recipe, it
     is returned at once. ``say`` is called once, before the first step, with what the whole will take.
 
@@ -160,7 +164,7 @@ def train(
             patience=config.patience,
         )
         if accelerator.is_main_process:
-            card = _make_card(run, fitted, peak, tried)
+            card = {**_make_card(run, fitted, peak, tried), "files": _beside(folder)}
             with no_half(folder):
                 save(fitted.model, folder / CHECKPOINT, card)
             shutil.rmtree(folder / "resume", ignore_errors=True)
@@ -171,17 +175,47 @@ def train(
 def finished(config: TrainConfig, folder: Path) -> dict[str, Any] | None:
     """The card of the finished training of this very recipe in ``folder``, or None where it has not finished.
 
-    Raises BadArgument where the folder holds another training, or a checkpoint that is none.
+    Raises BadArgument where the folder holds another training, or a file that is not as the training wrote it.
     """
     _same_recipe(config, folder)
     path = folder / CHECKPOINT
-    if not path.exists():
+    if not os.path.lexists(path):
         return None
     card = _card(path)
-    differs = recipe.difference(config, recipe.from_dict(card.get("recipe", {}), f"the card of {path}"))
+    said = card.get("recipe", {})
+    if not isinstance(said, Mapping):
+        raise BadArgument(f"{path} is not a finished checkpoint: its card has no recipe; delete it to train again")
+    differs = recipe.difference(config, recipe.from_dict(said, f"the card of {path}"))
     if differs:
         raise BadArgument(f"{path} is of another training ({differs}); give another --out")
+    # Cards from before it was kept have none. A file that somebody has taken away is none that could mislead.
+    for name, checksum in card.get("files", {}).items():
+        if os.path.lexists(folder / name) and _checksum(folder / name) != checksum:
+            raise BadArgument(
+                f"{folder / name} was altered after the training wrote it: it does not give the checksum in the card "
+                f"of {path}; delete it, or give another --out"
+            )
     return card
+
+
+def _beside(folder: Path) -> dict[str, str]:
+    """Checksums of the files that are finished before the checkpoint is, by name; on the disk as well as in memory."""
+    for name in BESIDE:
+        if (folder / name).exists():
+            write_whole(folder / name, (folder / name).read_bytes())
+    return {name: _checksum(folder / name) for name in BESIDE if (folder / name).exists()}
+
+
+def _checksum(path: Path) -> str:
+    return hashlib.sha256(_content(path)).hexdigest()
+
+
+def _content(path: Path) -> bytes:
+    """What is in a file of a run's folder, if it is one."""
+    try:
+        return sealed.content(path)
+    except (sealed.Unreadable, FileNotFoundError) as error:
+        raise BadArgument(f"{error}; delete it, or give another --out") from error
 
 
 def _accelerator(config: TrainConfig, device: str) -> Accelerator:
@@ -242,25 +276,30 @@ def _rehearse(build_model: Callable[[], nn.Module], mix: Sequence[Task]) -> None
 
 def _same_recipe(config: TrainConfig, folder: Path) -> None:
     path = folder / "recipe.json"
-    if path.exists():
+    if os.path.lexists(path):
+        _content(path)  # nothing that would be waited for
         differs = recipe.difference(config, recipe.read(path))
         if differs:
             raise BadArgument(
                 f"{folder} holds another training ({differs}); give another --out, or the recipe in {path}"
             )
-    elif (folder / CHECKPOINT).exists():
+    elif os.path.lexists(folder / CHECKPOINT):
         raise BadArgument(f"{folder} holds a model of unknown recipe; give another --out")
 
 
 def _card(path: Path) -> dict[str, Any]:
+    """The card of a checkpoint of which every byte is as it was saved."""
     try:
-        with safe_open(path, framework="pt") as file:
-            card = json.loads((file.metadata() or {})["card"])
-        if isinstance(card, dict):
-            return card
-    except (OSError, SafetensorError, KeyError, ValueError):
-        pass
-    raise BadArgument(f"{path} is not a finished checkpoint; delete it to train again")
+        stored = sealed.read(path)
+        if not stored.sealed and not stored.earlier(stored.tensors()):
+            raise sealed.Unreadable(path, "is not sealed: it has no checksum of its header and tensors")
+        card = sealed.parsed(stored.metadata.get("card", ""), path, "its card")
+    except (sealed.Unreadable, FileNotFoundError) as error:
+        reason = error.reason if isinstance(error, sealed.Unreadable) else "is not there"
+        raise BadArgument(f"{path} is not a finished checkpoint: it {reason}; delete it to train again") from error
+    if not isinstance(card, dict):
+        raise BadArgument(f"{path} is not a finished checkpoint: its card is no JSON object; delete it to train again")
+    return card
 
 
 def _search(run: Run) -> list[dict[str, Any]]:
@@ -275,14 +314,7 @@ def _search(run: Run) -> list[dict[str, Any]]:
     if each == 0:  # nothing is chosen; the card gets the error of the run itself
         return [{"lr": run.config.middle_rate, "validation_error": math.inf, "losses": None}]
     path = run.folder / "resume" / "search.json"
-    try:
-        done = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-        # Files from before the losses were kept are good; such candidates are not compared.
-        done = [
-            {**{key: cell[key] for key in ("lr", "validation_error")}, "losses": cell.get("losses")} for cell in done
-        ]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BadArgument(f"{path} is damaged ({error}); delete it to search again") from error
+    done = _searched(path)
     for index in range(len(done), len(rates)):
         name = f"search-{index}"
         label = f"search {index + 1} of {len(rates)}, rate {rates[index]:g}"
@@ -297,7 +329,7 @@ def _search(run: Run) -> list[dict[str, Any]]:
             done.append({"lr": rates[index], "validation_error": None, "losses": None})
         run.accelerator.wait_for_everyone()
         if run.accelerator.is_main_process:
-            write_whole(path, strict_json(done) + "\n")
+            write_whole(path, sealed.pack_json({"done": done}))
             (run.folder / "resume" / f"{name}.safetensors").unlink(missing_ok=True)
     if all(cell["validation_error"] is None for cell in done):
         raise RunFailed(
@@ -305,6 +337,20 @@ def _search(run: Run) -> list[dict[str, Any]]:
             f"rates {list(rates)}; try much lower --learning-rates in another --out"
         )
     return done
+
+
+def _searched(path: Path) -> list[dict[str, Any]]:
+    """The candidates that the search in ``path`` has finished."""
+    if not os.path.lexists(path):
+        return []
+    try:
+        kept, whole = sealed.read_json(path)
+        if not whole:
+            raise sealed.Unreadable(path, "has no checksum: an earlier version wrote it, or it is damaged")
+        return [{key: cell[key] for key in ("lr", "validation_error", "losses")} for cell in kept["done"]]
+    except (sealed.Unreadable, FileNotFoundError, KeyError, TypeError) as error:
+        reason = error.reason if isinstance(error, sealed.Unreadable) else "is damaged"
+        raise BadArgument(f"{path} {reason}; delete it to search again") from error
 
 
 def compared(tried: list[dict[str, Any]], peak: float) -> list[dict[str, Any]]:

@@ -233,14 +233,23 @@ def _flat(z: Complex[Tensor, "channels m n"]) -> Float[Tensor, "channels m both"
     return torch.view_as_real(z.resolve_conj()).flatten(-2)
 
 
-@functools.lru_cache(maxsize=8)
 def legs(d_state: int) -> System:
     """HiPPO-LegS of order 2 · ``d_state`` in normal-plus-low-rank form, one channel (1, d_state), complex128.
 
     A + P Pᵀ is −½ plus a skew-symmetric matrix, so unitarily diagonal (Theorem 1 and appendix C.1 of the paper). Of
     each conjugate pair of eigenvectors the one whose value has a positive imaginary part is kept, in rising order, and
     turned so that its entry of P is real and positive: B is then √2 P.
+
+    Where torch's default device is "meta", of the right shape without a number in it.
     """
+    if torch.get_default_device().type == "meta":
+        nothing = torch.empty(1, d_state, dtype=torch.complex128)
+        return System(nothing, nothing, nothing)
+    return _legs(d_state)
+
+
+@functools.lru_cache(maxsize=8)
+def _legs(d_state: int) -> System:
     order = torch.arange(2 * d_state, dtype=torch.float64, device="cpu")
     weight = (2 * order + 1).sqrt()
     # Below the diagonal A + P Pᵀ is −½ of the product, above it ½, and −½ on it.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 from pathlib import Path
 from typing import IO, Any
@@ -215,6 +216,73 @@ def test_damaged_and_foreign_folders_are_refused_in_one_line(tmp_path: Path, har
         Result.load(folder)
     assert "\n" not in str(refused.value)
     assert folder.name in str(refused.value)
+
+
+@pytest.mark.contract
+@pytest.mark.parametrize("count", [150, pytest.param(3000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["result.json", "table.csv", "arrays.npz"])
+def test_no_flipped_bit_and_no_cut_is_a_result(name: str, count: int, tmp_path: Path) -> None:
+    folder = make().save(tmp_path, analysis="a").folder
+    assert folder is not None
+    data, rng = (folder / name).read_bytes(), random.Random(count)
+    damaged = [data[: rng.randrange(len(data))] for _ in range(count // 10)] + [data + b"\n"]
+    for _ in range(count):
+        changed, bit = bytearray(data), rng.randrange(8 * len(data))
+        changed[bit // 8] ^= 1 << bit % 8
+        damaged.append(bytes(changed))
+    for content in damaged:
+        (folder / name).write_bytes(content)
+        with pytest.raises(BadArgument) as refused:
+            Result.load(folder)
+        assert "\n" not in str(refused.value) and name in str(refused.value)
+    (folder / name).write_bytes(data)
+    assert Result.load(folder).digest == make().digest
+
+
+@pytest.mark.contract
+def test_files_of_another_run_are_refused(tmp_path: Path) -> None:
+    """Each whole, and not of one run."""
+    folder, other = make().save(tmp_path, analysis="a").folder, make(seed=1, n=3).save(tmp_path, analysis="a").folder
+    assert folder is not None and other is not None
+    other_table = Result.load(other).table.assign(k=[1, 2, 3, 4])
+    table = (folder / "table.csv").read_text()
+    (folder / "table.csv").write_text(other_table.to_csv(index=False))
+    with pytest.raises(BadArgument, match=r"table\.csv"):
+        Result.load(folder)
+    (folder / "table.csv").write_text(table)
+    Result.load(folder)
+
+
+@pytest.mark.contract
+def test_a_result_of_the_earlier_format_is_read_with_a_warning(tmp_path: Path) -> None:
+    folder = make().save(tmp_path, analysis="a").folder
+    assert folder is not None
+    head = json.loads((folder / "result.json").read_text())
+    old = {key: value for key, value in head.items() if key not in ("seal", "files")}
+    (folder / "result.json").write_text(json.dumps({**old, "format": "mambascope-result-1"}))
+    with pytest.warns(UserWarning, match="earlier format mambascope-result-1"):
+        assert Result.load(folder).digest == make().digest
+    # A present file that has lost its seal does not become an earlier one.
+    (folder / "result.json").write_text(json.dumps({**old, "format": head["format"]}))
+    with pytest.raises(BadArgument, match="has no checksum"):
+        Result.load(folder)
+
+
+@pytest.mark.contract
+def test_folders_that_are_none_are_refused(tmp_path: Path) -> None:
+    folder = make().save(tmp_path, analysis="a").folder
+    assert folder is not None
+    for path in (tmp_path / ("n" * 300), Path("a\0b"), tmp_path / "none", "/dev/zero"):
+        with pytest.raises(BadArgument) as refused:
+            Result.load(path)
+        assert "\n" not in str(refused.value)
+    (folder / "result.json").write_text("[" * 5000)
+    with pytest.raises(BadArgument, match="nested too deep"):
+        Result.load(folder)
+    (folder / "result.json").unlink()
+    os.mkfifo(folder / "result.json")
+    with pytest.raises(BadArgument, match="it is a pipe"):
+        Result.load(folder)
 
 
 @pytest.mark.contract

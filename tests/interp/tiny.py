@@ -16,6 +16,7 @@ import torch
 import torch._dynamo  # the optimizer's first step loads it; here once, and not in every forked child
 from torch import Tensor, nn
 
+from hooks import sealed
 from interp import tasks
 from interp.training import fit
 from interp.training.recipe import TrainConfig
@@ -46,7 +47,7 @@ class Tiny(nn.Module):
 
 def save(model: nn.Module, path: Path, card: dict[str, Any]) -> None:
     temporary = path.with_suffix(".part")
-    safetensors.torch.save_file(model.state_dict(), temporary, {"card": json.dumps(card)})
+    temporary.write_bytes(sealed.pack(model.state_dict(), {"card": json.dumps(card)}))
     os.replace(temporary, path)
 
 

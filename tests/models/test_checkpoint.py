@@ -20,6 +20,7 @@ from safetensors import safe_open
 from torch.testing import assert_close
 
 import models
+from hooks import sealed
 from hooks.errors import RunFailed
 from models import checkpoint
 from models.checkpoint import CheckpointError
@@ -43,13 +44,11 @@ def saved(folder: Path, architecture: str = "mamba", **config: Any) -> tuple[mod
 
 
 def rewritten(path: Path, change: Callable[[dict[str, torch.Tensor], dict[str, str]], None]) -> Path:
-    """The file again, with its tensors and header changed and a digest that fits."""
-    with safe_open(path, "pt") as file:
-        metadata = dict(file.metadata())
-    tensors = safetensors.torch.load(path.read_bytes())
+    """The file again, with its tensors and header changed and a seal that fits."""
+    stored = sealed.read(path)
+    tensors, metadata = stored.tensors(), dict(stored.metadata)
     change(tensors, metadata)
-    metadata["digest"] = checkpoint._digest(tensors)
-    path.write_bytes(safetensors.torch.save(tensors, metadata))
+    path.write_bytes(sealed.pack(tensors, metadata))
     return path
 
 
@@ -124,7 +123,7 @@ def test_header_holds_no_path_and_no_host(tmp_path: Path) -> None:
     _, path = saved(tmp_path)
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
-    assert sorted(metadata) == ["architecture", "card", "config", "digest", "format"]
+    assert sorted(metadata) == ["architecture", "card", "config", "format", "seal"]
     text = json.dumps(metadata)
     assert str(tmp_path) not in text and os.uname().nodename not in text
 
@@ -184,9 +183,9 @@ def test_every_kind_of_foreign_file(tmp_path: Path) -> None:
     safetensors.torch.save_file({"a": torch.zeros(2)}, path)
     assert "was not written by this project" in refusal(path)
     safetensors.torch.save_file({"a": torch.zeros(2)}, path, {"format": "pt"})
-    assert 'is of format "pt"; this version reads "mambascope-1"' in refusal(path)
+    assert "is of format 'pt'; this version reads \"mambascope-2\"" in refusal(path)
     safetensors.torch.save_file({"a": torch.zeros(2)}, path, {"format": checkpoint.FORMAT})
-    assert "its header lacks architecture, config, card, digest" in refusal(path)
+    assert "its header lacks architecture, config, card, seal" in refusal(path)
     path.unlink()
     assert "there is no file" in refusal(path)
     path.mkdir()

@@ -5,6 +5,7 @@ mamba_ssm; no download.
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import Any
 
 import pytest
@@ -216,39 +217,142 @@ def test_what_is_another_function_is_refused(make: Any, reason: str) -> None:
     assert reason in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_wrong_conversion_does_not_get_through(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each planted mistake of a conversion is caught by the comparison of logits alone."""
+def swap_b_and_c(mixer: Any) -> None:
+    rank, n = mixer.cfg.rank, mixer.cfg.d_state
+    low, B, C = mixer.x_proj.weight.clone().split([rank, n, n])
+    mixer.x_proj.weight.copy_(torch.cat([low, C, B]))
+
+
+def reverse_taps(mixer: Any) -> None:
+    mixer.conv1d.weight.copy_(mixer.conv1d.weight.flip(-1))
+
+
+def transpose_channels_and_taps(mixer: Any) -> None:
+    weight = mixer.conv1d.weight
+    weight.copy_(weight[:, 0].mT.reshape(weight.shape))
+
+
+def lose_the_skip(mixer: Any) -> None:
+    mixer.D.fill_(1)
+
+
+def shift_one_skip(mixer: Any) -> None:
+    mixer.D[3] *= 1.01
+
+
+def shift_the_steps(mixer: Any) -> None:
+    mixer.dt_proj.bias += 0.01
+
+
+def shift_the_rates(mixer: Any) -> None:
+    mixer.A_log += 0.01
+
+
+MISTAKES = (
+    swap_b_and_c, reverse_taps, transpose_channels_and_taps, lose_the_skip, shift_one_skip, shift_the_steps,
+    shift_the_rates,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_wrong_conversion_does_not_get_through(mistake: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     module, right = hugging_face(), pretrained.from_state_dict
 
-    def with_mistake(mistake: Any) -> Any:
-        def convert(tensors: Any, **options: Any) -> Any:
-            model = right(tensors, **options)
-            with torch.no_grad():
-                mistake(model.blocks[1].mixer)
-            return model
+    def convert(tensors: Any, **options: Any) -> Any:
+        model = right(tensors, **options)
+        with torch.no_grad():
+            mistake(model.blocks[1].mixer)
+        return model
 
-        return convert
-
-    def swap_b_and_c(mixer: Any) -> None:
-        rank = mixer.cfg.rank
-        weight = mixer.x_proj.weight.clone()
-        mixer.x_proj.weight[rank : rank + 5], mixer.x_proj.weight[rank + 5 :] = (
-            weight[rank + 5 :],
-            weight[rank : rank + 5],
-        )
-
-    def reverse_taps(mixer: Any) -> None:
-        mixer.conv1d.weight.copy_(mixer.conv1d.weight.flip(-1))
-
-    def lose_the_skip(mixer: Any) -> None:
-        mixer.D.fill_(1)
-
-    for mistake in (swap_b_and_c, reverse_taps, lose_the_skip):
-        monkeypatch.setattr(pretrained, "from_state_dict", with_mistake(mistake))
-        with pytest.raises(CheckpointError, match="the conversion of this MambaForCausalLM is wrong: logits differ"):
-            models.load(module)
+    monkeypatch.setattr(pretrained, "from_state_dict", convert)
+    with pytest.raises(CheckpointError, match=r"is wrong: backbone\.layers\.1\.mixer\..* has other values here"):
+        models.load(module)
     monkeypatch.setattr(pretrained, "from_state_dict", right)
     models.load(module)
+
+
+@pytest.mark.parametrize("depth", [3, 24, pytest.param(64, marks=pytest.mark.slow)])
+def test_the_comparison_of_functions_alone_finds_it_at_any_depth(depth: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where both sides have the same numbers and read them differently: the weights are not looked at here."""
+    module = hugging_face(num_hidden_layers=depth)
+    model = models.load(module)
+    monkeypatch.setattr(pretrained, "to_state_dict", lambda model: {})
+    right = copy.deepcopy(model.blocks[depth - 2])
+    for mistake in MISTAKES:
+        with torch.no_grad():
+            mistake(model.blocks[depth - 2].mixer)
+        with pytest.raises(CheckpointError, match=f"is wrong: what layer {depth - 2} adds differ by"):
+            pretrained._compare(model, module)
+        model.blocks[depth - 2].load_state_dict(right.state_dict())
+    pretrained._compare(model, module)
+
+
+def test_a_forward_that_is_more_than_its_parts_is_refused() -> None:
+    module = hugging_face()
+    own = module.backbone.forward
+    module.backbone.forward = lambda *args, **kwargs: _scaled(own(*args, **kwargs))
+    with pytest.raises(CheckpointError, match="its forward is not its blocks one after the other"):
+        models.load(module)
+
+
+def _scaled(out: Any) -> Any:
+    out.last_hidden_state = out.last_hidden_state * 1.01
+    return out
+
+
+def random_hugging_face(layers: int, width: int, vocabulary: int = VOCABULARY) -> Any:
+    """As initialised by Hugging Face, moved by as much again: the logits of deep ones drift apart by rounding."""
+    torch.manual_seed(1)
+    config = MambaConfig(vocab_size=vocabulary, hidden_size=width, state_size=16, num_hidden_layers=layers)
+    module = MambaForCausalLM(config).eval()
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if parameter.ndim > 1 and "A_log" not in name:
+                parameter += parameter.std() * torch.randn_like(parameter)
+    return module
+
+
+DEEP = {(24, torch.float32), (48, torch.bfloat16), (64, torch.float16)}
+"""Of three depths and three types these are tried by default."""
+
+
+@pytest.mark.parametrize(
+    "layers, dtype",
+    [
+        pytest.param(*case, marks=() if case in DEEP else pytest.mark.slow)
+        for case in itertools.product((24, 48, 64), (torch.float32, torch.bfloat16, torch.float16))
+    ],
+)
+def test_deep_models_are_converted(layers: int, dtype: torch.dtype) -> None:
+    module = random_hugging_face(layers, 16).to(dtype)
+    model = models.load(module)
+    assert model.cfg.n_layers == layers and model.card["parity"] < pretrained.TOLERANCE
+    with (
+        torch.no_grad()
+    ):  # a part of our own in fp64 says how right both are: nothing is hidden by the other's rounding
+        block, wide = model.blocks[layers - 1], copy.deepcopy(model.blocks[layers - 1]).double()
+        r = torch.randn(2, 9, 16)
+        exact = wide.mixer(wide.norm(r.double()), None, False)[0]
+        assert_close(block.mixer(block.norm(r), None, False)[0].double(), exact, rtol=1e-5, atol=1e-6)
+    back = pretrained.to_hugging_face(model)
+    assert torch.equal(back.state_dict()["lm_head.weight"], module.state_dict()["lm_head.weight"].float())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_130m_shape_is_converted(dtype: torch.dtype, seed: int) -> None:
+    torch.manual_seed(seed)
+    module = MambaForCausalLM(MambaConfig(vocab_size=1000, hidden_size=768, num_hidden_layers=24)).eval()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter += 0.02 * torch.randn_like(parameter)
+    model = models.load(module.to(dtype))
+    assert model.card["parity"] < pretrained.TOLERANCE / 3
+    with torch.no_grad():
+        model.blocks[20].mixer.D[5] *= 1.01
+    with pytest.raises(CheckpointError, match="is wrong"):
+        pretrained._compare(model, module)
 
 
 @pytest.mark.parametrize("tied", [True, False])
