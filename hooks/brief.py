@@ -74,7 +74,7 @@ def _sized(axes: str, shape: tuple[int, ...]) -> str:
 
 
 @lru_cache
-def _axes(kind: type) -> dict[str, str]:
+def _axes(kind: Any) -> dict[str, str]:
     """The axes in the annotation of each field, as jaxtyping has them; none where it cannot be read."""
     try:
         hints = typing.get_type_hints(kind)

@@ -206,9 +206,9 @@ def lucky(target: Array, parts: Split, copies: int = 1, z: float = 4.0) -> float
     return float(z**2 * values.max() / max(values.sum(), 1e-300) / (len(parts.test) * copies))
 
 
-def _judged_by_all(columns: Mapping[str, int], spread: Float[np.ndarray, "n_test column"], shuffles: int) -> None:
-    """Nothing, if each target and its reshuffles (columns as in ``ridge``) have a share of a spread among the test
-    prompts, and among each resample of them; else ``BadArgument``, before anything is fitted.
+def _judged_by_all(columns: Mapping[str, int], spread: NDArray[np.float64], shuffles: int) -> None:
+    """Nothing, if each target and its reshuffles have a share of a spread (prompt, column) among the test prompts, and
+    among each resample of them; else ``BadArgument``, before anything is fitted. Columns as in ``ridge``.
     """
     blocks = spread.reshape(len(spread), shuffles + 1, -1)
     start = 0

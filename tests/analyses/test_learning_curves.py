@@ -192,12 +192,12 @@ def test_tokens_and_queries_of_their_own(paths: dict[str, str], task: str, own: 
 @pytest.mark.contract
 def test_a_rival_that_fails_does_not_take_the_others_with_it(config: learning_curves.Config) -> None:
     """Gradient descent at a rate far above 2 / λ_max diverges beyond every float; least squares is there."""
-    diverging = "gd:steps=2000,rate=50"
+    diverging = "gd:steps=2000,rate=50.5"
     asked = dataclasses.replace(config, models=("none",), rivals=("ols", diverging), shifts=("none",), longer=1)
     found = learning_curves.run(asked)
     assert set(found.table.who) == {"ols"} and found.ok
     assert [note for note in found.provenance["notes"] if note.startswith(f"no {diverging} on as trained: its errors")]
-    with pytest.raises(BadArgument, match=r"no gd:steps=2000,rate=50 on as trained"):
+    with pytest.raises(BadArgument, match=r"no gd:steps=2000,rate=50.5 on as trained"):
         learning_curves.run(dataclasses.replace(asked, rivals=(diverging,)))
 
 

@@ -101,7 +101,7 @@ def test_without_examples_there_is_no_sum_to_probe(
 ) -> None:
     found = probe_layers.run(dataclasses.replace(config, prompts=32, queries=4, m=6, **given))
     probed = found.table[(found.table.part == "probe") & found.table.what.str.startswith("residual")]
-    assert set(probed.k) == {"0"} and set(probed.what) == {f"residual → {target}" for target in targets}
+    assert set(probed.k) == {0} and set(probed.what) == {f"residual → {target}" for target in targets}
     assert len(found.provenance["notes"]) == len(notes)
     assert all(note in said for note, said in zip(notes, found.provenance["notes"], strict=True))
     assert found.ok, [check for check in found.checks if not check.ok]
