@@ -62,7 +62,9 @@ def test_they_sum_to_a_linear_function_of_the_scan(variant: str, dtype: torch.dt
     seen = hooks.record(model, x, f"blocks.{layer}.mixer.*")
     for inside in parts_of(variant):
         found = contributions(model, x, layer, weights=weights, inside=inside)
-        value = seen["*.hook_y"] + seen["*.hook_skip"] if "hook_skip" in str(seen) else seen["*.hook_y"]
+        value = (
+            seen["*.hook_y"] + seen["*.hook_skip"] if any("hook_skip" in name for name in seen) else seen["*.hook_y"]
+        )
         if "gate" in inside:
             value = seen["*.hook_gated"]
         expected = (weights * value).sum((1, 2))
