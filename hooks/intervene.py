@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hooks.edit import DoState, Edit, Freeze, as_edit
 from hooks.errors import BadArgument, DidNotFire
+from hooks.gradients import check_gradient
 from hooks.point import unhooked, why_silent
 from hooks.propagate import StateEdit
 from hooks.record import record
@@ -128,6 +129,7 @@ def _apply(tensor: Tensor, hook: Any, *, change: Edit, site: str, edited: Edited
 
 def _apply_backward(tensor: Tensor, hook: Any, *, fn: Callable[[Tensor], Tensor], site: str, edited: Edited) -> Tensor:
     edited.fired[f"{site} (backward)"] += 1
+    check_gradient(tensor, site)
     return as_edit(fn, site)(tensor, site)
 
 

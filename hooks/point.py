@@ -26,8 +26,9 @@ from transformer_lens import ActivationCache, HookedRootModule
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.utilities.slice import Slice
 
-from hooks.errors import BadArgument, DidNotFire, told
+from hooks.errors import BadArgument, DidNotFire, NonFinite, told
 from hooks.finite import check_divisor, note
+from hooks.gradients import check_gradient, trace
 from hooks.inputs import no_gradients, readable
 from hooks.memory import check_memory
 from hooks.recompute import in_backward, passed
@@ -364,7 +365,11 @@ class HookedModule(HookedRootModule):
                 self.hook_dict[name].add_hook(hook, "bwd", level=self.context_level)
             output = self(*model_args, **model_kwargs)
             if incl_bwd:
-                _one_number(output).backward()
+                try:
+                    _one_number(output).backward()
+                except NonFinite as error:
+                    others = {name: value for name, value in model_kwargs.items() if name != "x"}
+                    trace(error, self, tokens, lambda again: again, **others)
         for direction, suffix in (("fwd", ""), *([("bwd", "_grad")] if incl_bwd else [])):
             silent = [name for name in names if name + suffix not in cache]
             if silent and (names_filter is not None or len(silent) == len(names)):
@@ -437,6 +442,8 @@ class _Group:
 
     def __call__(self, tensor: Tensor, hook: Any) -> Any:
         self.fired += 1
+        if self.direction == "bwd":
+            check_gradient(tensor, hook.name)
         return self.hook(tensor, hook=hook)
 
 
@@ -457,6 +464,8 @@ def _save(
     drop_batch: bool,
     pos_slice: Slice,
 ) -> None:
+    if suffix:
+        check_gradient(tensor, name)
     value = tensor.detach().to(device)
     if pos_dim is not None:
         value = pos_slice.apply(value, dim=pos_dim)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hooks.brief import LINES
 from hooks.errors import BadArgument, DidNotFire
+from hooks.gradients import watch_gradient
 from hooks.inputs import gradients_can_be, readable
 from hooks.memory import check_memory
 from hooks.point import HookedModule, add_reader, watched, why_silent
@@ -78,7 +79,8 @@ def record(
     """What ``model(x)`` held at ``sites`` (name, glob, list, predicate; None for all), and its output.
 
     Nothing that runs later changes a recorded tensor: it is a copy, or the run's own where nobody else holds it.
-    ``grad=True`` keeps the tensors in the graph (they are then not copies). Other hooks and edits that are on the
+    ``grad=True`` keeps the tensors in the graph (they are then not copies); a backward that brings NaN or inf to one of
+    them raises :class:`NonFinite` there. Other hooks and edits that are on the
     model act as they are: the record sees their result. Raises :class:`UnknownSite`, :class:`TooLarge` before the
     forward, :class:`DidNotFire` where a site did not fire, :class:`NonFinite` where NaN or inf first appears.
     """
@@ -95,6 +97,7 @@ def record(
 
     def save(tensor: Tensor, hook: Any, name: str) -> None:
         if grad:
+            watch_gradient(tensor, name)
             values[name] = tensor
         elif alone and not active() and _memory(tensor) not in held:
             held.add(_memory(tensor))

@@ -29,6 +29,7 @@ import hooks
 from hooks.brief import brief
 from hooks.edit import Index, region_of
 from hooks.errors import BadArgument, told
+from hooks.gradients import check_gradient, refuse_gradients
 from hooks.inputs import gradients_can_be, readable
 from hooks.sites import Pattern, kind_of
 from interp.arguments import whole_number
@@ -43,7 +44,8 @@ def gradients(
 
     The weights need no gradients of their own. Edits that are on the model act as they are. Raises
     :class:`BadArgument` for a model in train mode, and for a metric that is not one number for each prompt or that no
-    gradient leads back from to any of the sites; where only some are without a path their gradient is zero.
+    gradient leads back from to any of the sites; where only some are without a path their gradient is zero. Raises
+    :class:`NonFinite` for a gradient that holds NaN or inf, with the place where it first appears on the way back.
     """
     gradients_can_be("attribution")
     names = hooks.resolve(model, sites)
@@ -71,11 +73,12 @@ def gradients(
     if all(slope is None for slope in slopes):
         raise BadArgument(f"no gradient reaches {names[0]}: what the metric reads does not depend on it")
     values = {name: found[name].detach() for name in names}
-    filled = (
-        torch.zeros_like(value) if slope is None else slope
-        for value, slope in zip(values.values(), slopes, strict=True)
-    )
-    return values, dict(zip(names, filled, strict=True))
+    filled = {
+        name: torch.zeros_like(value) if slope is None else slope
+        for (name, value), slope in zip(values.items(), slopes, strict=True)
+    }
+    refuse_gradients(filled, model, x, lambda output: one_number(metric, output, x.shape[0]).sum(), **model_kwargs)
+    return values, filled
 
 
 def gradient_x_activation(
@@ -198,6 +201,7 @@ def integrated_gradients(
                 value, start, additional_forward_args=(x,), n_steps=steps, internal_batch_size=batch_size
             )
     values = values.detach()
+    check_gradient(values, name)
     return Integrated(values, total, values.flatten(1).sum(1) - total, start)
 
 

@@ -23,6 +23,7 @@ import hooks
 from hooks.brief import brief
 from hooks.edit import Edit, Index
 from hooks.errors import BadArgument, told
+from hooks.gradients import refuse_gradients
 from hooks.inputs import gradients_can_be, readable
 from hooks.point import watched
 from interp.inside import Inside, inside_of, taps_of
@@ -164,6 +165,8 @@ def _linearised(
             (gradient,) = torch.autograd.grad(value.sum(), leaves[0], allow_unused=True)
     if gradient is None:
         raise BadArgument(f"the scalar does not depend on the scan of layer {layer}: is it made of the model's output?")
+    keywords = {} if need["state"] is None else {"state": need["state"]}
+    refuse_gradients({prefix + "hook_y": gradient}, model, x, lambda out: scalar(out).sum(), **keywords)
     return seen, value.detach(), gradient
 
 

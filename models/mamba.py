@@ -44,8 +44,8 @@ from torch.nn import functional as F
 from hooks.errors import BadArgument, unknown
 from hooks.point import emit, only_read, plain_linear, site, state_edits, watched
 from hooks.precision import exact
-from models.recurrence import recurrence
-from models.scan import convolution, kernel, selective_scan, selective_scan_states, selective_states
+from models.recurrence import rate, recurrence
+from models.scan import convolution, decays, kernel, selective_scan, selective_scan_states, selective_states
 from models.stack import LayerState, Stack, check_config
 
 Inner = Float[Tensor, "batch pos d_inner"]
@@ -226,13 +226,13 @@ class MambaMixer(nn.Module):
         delta_write = emit(self.hook_delta_write, delta, shared=True)
         B, C = emit(self.hook_B, B), emit(self.hook_C, C)
         h0 = self._initial_state(None if state is None else state.h, delta)
-        A = -torch.exp(self.A_log.to(delta.dtype))
+        A = rate(self.A_log.to(delta.dtype))
         x = x.to(delta.dtype)
         if not watched(self.hook_decay, self.hook_write, self.hook_state):
             return selective_scan(x, delta_decay, delta_write, A, B, C, h0)
         edits = state_edits(self.hook_state)
         if edits or watched(self.hook_decay, self.hook_write):
-            decay = torch.exp(delta_decay[..., None] * A)
+            decay = decays(delta_decay, A)
             # Autograd keeps the result of exp for itself.
             decay = emit(self.hook_decay, decay, shared=decay.requires_grad)
             write = emit(self.hook_write, (delta_write * x)[..., None] * B[:, :, None])
@@ -264,8 +264,10 @@ class MambaMixer(nn.Module):
         """C h of the time-invariant twin: one impulse response for each channel."""
         wide = torch.promote_types(x.dtype, torch.float32)
         step = F.softplus(self.dt_bias.to(wide))[:, None]
-        A = -torch.exp(self.A_log.to(wide))
-        response = kernel(torch.exp(step * A), step * self.B.to(wide), self.C.to(wide).expand_as(A), x.shape[1])
+        A = rate(self.A_log.to(wide))
+        response = kernel(
+            decays(step.mT[None], A)[0, 0], step * self.B.to(wide), self.C.to(wide).expand_as(A), x.shape[1]
+        )
         return convolution(x.to(wide), response)
 
     def _selection(self, x: Inner) -> tuple[Inner, Tensor, Tensor]:

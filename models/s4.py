@@ -47,7 +47,7 @@ from hooks.errors import BadArgument
 from hooks.point import emit, only_read, site, state_edits, watched
 from hooks.precision import exact
 from hooks.transforms import active
-from models.recurrence import recurrence
+from models.recurrence import rate, recurrence
 from models.scan import constant_pair_states, convolution, kernel, pair_scan
 from models.stack import LayerState, Stack, check_config
 
@@ -140,7 +140,7 @@ class S4DMixer(nn.Module):
         delta_decay = emit(self.hook_delta_decay, delta, shared=True)
         delta_write = emit(self.hook_delta_write, delta, shared=True)
         h0 = initial_state(self.hook_state_init, given, x, 2 * self.cfg.d_state)
-        A = torch.stack([-torch.exp(self.log_A_real.to(wide)), self.A_imag.to(wide)])
+        A = torch.stack([rate(self.log_A_real.to(wide)), self.A_imag.to(wide)])
         decay = _decay(constant(delta_decay) if looked_at else step, A)
         write = _zero_order_hold(constant(delta_write) if looked_at else step, A)
         varying = decay.ndim == 4 or write.ndim == 4

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from hooks.point import emit, site, state_edits, watched
 from hooks.precision import exact
 from hooks.transforms import everywhere
-from models.recurrence import recurrence
+from models.recurrence import rate, recurrence
 from models.s4 import Inner, Pair, S4DConfig, Weights, around, constant, initial_state, pair, unpair
 from models.scan import convolution, dplr
 from models.scan.pair import times
@@ -103,7 +103,7 @@ class S4Mixer(nn.Module):
 
     def system(self, dtype: torch.dtype) -> dplr.System:
         """Λ, P and B of every channel, complex, computed in ``dtype`` (real)."""
-        diagonal = torch.complex(-torch.exp(self.log_A_real.to(dtype)), self.A_imag.to(dtype))
+        diagonal = torch.complex(rate(self.log_A_real.to(dtype)), self.A_imag.to(dtype))
         return dplr.System(diagonal, _as_complex(self.A_low_rank, dtype), _as_complex(self.B, dtype))
 
     def _scan(self, x: Inner, given: Tensor | None, return_state: bool) -> tuple[Inner, Pair | None]:

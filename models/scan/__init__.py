@@ -20,10 +20,12 @@ from torch import Tensor
 from hooks.errors import BadArgument
 from models.scan import cpu, cuda, pair, reference
 from models.scan.convolution import convolution, kernel
+from models.scan.reference import decays
 
 __all__ = [
     "constant_pair_states",
     "convolution",
+    "decays",
     "kernel",
     "pair_scan",
     "scan",

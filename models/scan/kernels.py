@@ -256,8 +256,8 @@ def backward(  # type: ignore[no-untyped-def]
                                     sum_B += wins(lam, dwx[j], zero)
                                     sum_dwx[j] += wins(lam, write, zero)
                                     exponent = wins(wins(lam, before, zero), decay, zero)
-                                    sum_delta[j] += exponent * A[n0 + n, start + j]
-                                    sum_A[n, j] += exponent * delta[j]
+                                    sum_delta[j] += wins(exponent, A[n0 + n, start + j], zero)
+                                    sum_A[n, j] += wins(exponent, delta[j], zero)
                                     adjoint[n, j] = wins(decay, lam, zero)
                             else:
                                 for j in range(LANES):

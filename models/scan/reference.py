@@ -82,6 +82,44 @@ def scan(
     return torch.stack(states, dim=1)
 
 
+def decays(
+    delta: Float[Tensor, "batch pos d_inner"], A: Float[Tensor, "d_inner d_state"]
+) -> Float[Tensor, "batch pos d_inner d_state"]:
+    """exp(Δ A) of the materialised recurrence, whose gradient is 0 where A is −inf: no step changes that decay of 0."""
+    return torch.exp(_Rate.apply(delta, A))
+
+
+class _Rate(torch.autograd.Function):
+    """Δ A, with the slope by Δ of a finite A; 0 · inf would make a NaN of the gradient 0 that reaches it."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(delta: Tensor, A: Tensor) -> Tensor:
+        return delta[..., None] * A
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        (delta, A), wanted = ctx.saved_tensors, ctx.needs_input_grad
+        to_delta = (grad * _finite(A)).sum(-1) if wanted[0] else None
+        return to_delta, (grad * delta[..., None]).sum((0, 1)) if wanted[1] else None
+
+    @staticmethod
+    @every_order
+    def jvp(ctx: Any, saved: Any, delta_change: Tensor, A_change: Tensor) -> Tensor:
+        delta, A = saved
+        return delta_change[..., None] * _finite(A) + delta[..., None] * A_change
+
+
+def _finite(A: Tensor) -> Tensor:
+    return torch.where(torch.isinf(A), 0, A)
+
+
 class _Product(torch.autograd.Function):
     """a · b (broadcast) that returns gradient 0 to a factor wherever nothing downstream depends on it.
 
