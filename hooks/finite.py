@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hooks.errors import NonFinite
+from hooks.placed import Placed, opened, run_alone, unsplit
 from hooks.transforms import everywhere, plain
 
 T = TypeVar("T")
@@ -79,7 +80,7 @@ def checked(model: Any, run: Callable[[], tuple[Tensor, Any]]) -> tuple[Tensor, 
     site does that divides what follows: a norm whose scale overflows makes 0 of it, finite and wrong. The run is
     repeated to find the site; hooks and edits that are on the model act in it as they did.
     """
-    (output, state), sums, first = _noting(run)
+    (output, state), sums, first = run_alone(model, lambda: _noting(run))
     whole = _finite(output)
     if whole and (not sums or _finite(torch.stack(sums))):
         return output, state
@@ -108,6 +109,7 @@ def _noting(run: Callable[[], T]) -> tuple[T, list[Tensor], str | None]:
         _run.sums, _run.first = around
 
 
+@unsplit
 def _first_site(model: Any, names: list[str], run: Callable[[], object]) -> str | None:
     found: list[str] = []
 
@@ -116,14 +118,10 @@ def _first_site(model: Any, names: list[str], run: Callable[[], object]) -> str 
             found.append(_place(point, tensor))
 
     points = [model.hook_dict[name] for name in names]
-    handles = [(point, point.add_hook(partial(look, point=point))) for point in points]
-    try:
-        with torch.no_grad():
-            _noting(run)
-    finally:
-        for point, handle in handles:
-            handle.hook.remove()
-            point.fwd_hooks[:] = [kept for kept in point.fwd_hooks if kept is not handle]
+    with Placed(model) as placed, torch.no_grad():
+        for point in points:
+            placed.hook(point, partial(look, point=point))
+        opened(lambda: _noting(run))
     return found[0] if found else None
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from hooks.edit import DoState, Edit, Freeze, as_edit
 from hooks.errors import BadArgument, DidNotFire
 from hooks.gradients import check_gradient
+from hooks.placed import Placed, opened, whole
 from hooks.point import unhooked, why_silent
 from hooks.propagate import StateEdit
 from hooks.record import record
@@ -31,7 +31,7 @@ class Edited:
         return "\n".join(f"{name}  edited {count} times" for name, count in self.fired.items())
 
 
-@contextmanager
+@whole
 def edit(
     model: Any,
     edits: Edits,
@@ -60,19 +60,19 @@ def edit(
     for name, change in plan:
         if isinstance(change, Freeze) and (readout_only or name not in states):
             raise BadArgument(f"freeze() at {name}: it is an edit of hook_state that propagates")
-    plan = _bind(model, plan)
+    plan = opened(partial(_bind, model, plan))
     edited = Edited()
     runs = getattr(model, "runs", None)
-    with ExitStack() as stack:
+    with Placed(model) as placed:
         for name, change in plan:
             edited.fired.setdefault(name, 0)
             if name in states and not readout_only:
-                _propagate(stack, model, name, change, edited)
+                _propagate(placed, model, name, change, edited)
             else:
-                _hook(stack, model, name, partial(_apply, change=change, site=name, edited=edited))
+                placed.hook(model.hook_dict[name], partial(_apply, change=change, site=name, edited=edited))
         for name, fn in gradients:
             edited.fired.setdefault(f"{name} (backward)", 0)
-            _hook(stack, model, name, partial(_apply_backward, fn=fn, site=name, edited=edited), "bwd")
+            placed.hook(model.hook_dict[name], partial(_apply_backward, fn=fn, site=name, edited=edited), "bwd")
         yield edited
     silent = [name for name, count in edited.fired.items() if count == 0]
     if silent:
@@ -109,19 +109,6 @@ def _bind(model: Any, plan: list[tuple[str, Edit]]) -> list[tuple[str, Edit]]:
     ]
 
 
-def _hook(stack: ExitStack, model: Any, name: str, fn: Callable[..., Any], direction: str = "fwd") -> None:
-    point = model.hook_dict[name]
-    handle = point.add_hook(fn, direction)
-
-    def remove() -> None:
-        handle.hook.remove()
-        # Looked up now: TransformerLens puts a new list in its place whenever it removes hooks.
-        listed = point.fwd_hooks if direction == "fwd" else point.bwd_hooks
-        listed[:] = [kept for kept in listed if kept is not handle]
-
-    stack.callback(remove)
-
-
 def _apply(tensor: Tensor, hook: Any, *, change: Edit, site: str, edited: Edited) -> Tensor:
     edited.fired[site] += 1
     return change(tensor, site)
@@ -133,7 +120,7 @@ def _apply_backward(tensor: Tensor, hook: Any, *, fn: Callable[[Tensor], Tensor]
     return as_edit(fn, site)(tensor, site)
 
 
-def _propagate(stack: ExitStack, model: Any, name: str, change: Edit, edited: Edited) -> None:
+def _propagate(placed: Placed, model: Any, name: str, change: Edit, edited: Edited) -> None:
     point = model.hook_dict[name]
 
     def fired() -> None:
@@ -144,17 +131,17 @@ def _propagate(stack: ExitStack, model: Any, name: str, change: Edit, edited: Ed
             f"{name} of this model is not ours to propagate: readout_only=True changes what is read there"
         )
     entry = StateEdit(change, name, getattr(point, "parts", 1), fired)
-    point.interrupts.append(entry)
+    entries = point.interrupts
 
     def remove() -> None:
         # reset_hooks() inside the block has removed it already.
-        if entry in point.interrupts:
-            point.interrupts.remove(entry)
+        if entry in entries:
+            entries.remove(entry)
 
-    stack.callback(remove)
+    placed.put(partial(entries.append, entry), remove)
 
 
-@contextmanager
+@whole
 def expose(model: Any, pattern: Pattern = "*") -> Iterator[None]:
     """Inside the block the scan sites (decay, write, state) that ``pattern`` picks are formed whether watched or not.
 
@@ -165,10 +152,11 @@ def expose(model: Any, pattern: Pattern = "*") -> Iterator[None]:
     if not names:
         raise BadArgument(f'expose("{pattern}") picks none of {", ".join(SCAN_SITES)}: only those are ever left out')
     points = [model.hook_dict[name] for name in names]
-    for point in points:
-        point.exposed += 1
-    try:
-        yield
-    finally:
+
+    def turn(by: int) -> None:
         for point in points:
-            point.exposed -= 1
+            point.exposed += by
+
+    with Placed(model) as placed:
+        placed.put(partial(turn, 1), partial(turn, -1))
+        yield

@@ -14,7 +14,6 @@ This is the one file of ``hooks/`` that imports TransformerLens. It adds to ``Ho
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import partial
 from types import MappingProxyType
 from typing import Any, Literal
@@ -31,6 +30,7 @@ from hooks.finite import check_divisor, note
 from hooks.gradients import check_gradient, trace
 from hooks.inputs import no_gradients, readable
 from hooks.memory import check_memory
+from hooks.placed import Placed, owner, unsplit, whole
 from hooks.recompute import in_backward, passed
 from hooks.sites import HEAD_OUT, SITES, Pattern, resolve
 
@@ -44,8 +44,8 @@ class Point(HookPoint):
     """TransformerLens' HookPoint; what comes out of it is a tensor like the one that went in, or it is an error.
 
     ``shared`` says that somebody else needs the value as it is (the caller, another site, autograd for its own
-    backward): then a hook that writes in place is given a copy. ``divides`` says that what follows is divided by it, and
-    ``listed`` what it is listed as where that is not its ``name``.
+    backward): then a hook that writes in place is given a copy. ``divides``: what follows is divided by it.
+    ``listed``: what it is listed as, where that is not its ``name``.
     """
 
     shared = False
@@ -55,6 +55,7 @@ class Point(HookPoint):
     def __call__(self, value: Tensor) -> Tensor:
         return emit(self, value)
 
+    @unsplit
     def add_hook(self, hook: Hook, dir: Literal["fwd", "bwd"] = "fwd", *options: Any, **more: Any) -> Any:  # type: ignore[override]
         """TransformerLens' ``add_hook``; what a forward hook returns is checked before the next one is given it."""
         if dir != "fwd":
@@ -65,7 +66,7 @@ class Point(HookPoint):
 
 
 class _Conforming:
-    """A forward hook whose result has the shape and dtype of what it was given (heads apart, where they are shown so)."""
+    """A forward hook whose result has the shape and dtype of what it was given (with heads apart, where it was)."""
 
     def __init__(self, hook: Hook) -> None:
         self.hook = hook
@@ -92,7 +93,7 @@ def site(kind: str, *, parts: int = 1, axes: tuple[str, ...] | None = None) -> P
 
 
 def as_ours(point: HookPoint, name: str) -> None:
-    """Make a HookPoint of TransformerLens' a :class:`Point` that is listed as ``name``; who knows it goes on knowing it.
+    """Make a HookPoint of TransformerLens' a :class:`Point` listed as ``name``; who knows it goes on knowing it.
 
     It is ``shared``: there, one tensor goes through several points and past them.
     """
@@ -168,18 +169,11 @@ def watched(*points: nn.Module) -> bool:
     return _any_global() or any(_is_watched(point) for point in points)
 
 
-def add_reader(point: Any, read: Hook) -> Any:
-    """Hook ``read`` on ``point``, which promises to change nothing; returns TransformerLens' handle.
-
-    A mixer that is only read may compute what comes after the point without waiting for it (:func:`only_read`).
-    """
-    handle = point.add_hook(read)
-    point.__dict__.setdefault("readers", set()).add(handle.hook.id)
-    return handle
-
-
 def only_read(point: nn.Module) -> bool:
-    """Whether nothing is on ``point`` but hooks of :func:`add_reader`. Anything not recognised counts as a writer."""
+    """Whether nothing is on ``point`` but hooks that promise to change nothing (those of ``hooks.record``).
+
+    Anything not recognised counts as a writer.
+    """
     return not _any_global() and not _is_watched(point, getattr(point, "readers", ()))
 
 
@@ -261,6 +255,7 @@ class HookedModule(HookedRootModule):
         prepend: bool = False,
     ) -> None:
         """Add ``hook`` to every site that ``name`` picks (name, glob, list or predicate); it stays until reset."""
+        owner(self).check("hooked")
         for found in resolve(self, name):
             _attach(self, found, hook, dir, is_permanent=is_permanent, level=level, prepend=prepend)
 
@@ -271,12 +266,13 @@ class HookedModule(HookedRootModule):
         level: int | None = None,
     ) -> None:
         """Remove hooks, and with all forward hooks the edits of ``hook_state`` that ``hooks.edit`` made."""
+        owner(self).check("unhooked")
         super().remove_all_hook_fns(direction, including_permanent, level)
         if level is None and direction != "bwd":
             for point in self.hook_points():
                 getattr(point, "interrupts", []).clear()
 
-    @contextmanager
+    @whole
     def hooks(
         self,
         fwd_hooks: HookList = (),
@@ -294,15 +290,25 @@ class HookedModule(HookedRootModule):
             for pattern, hook in pairs:
                 groups.append(_Group(direction, resolve(self, pattern), hook))
         before = self.runs
-        with super().hooks([], [], reset_hooks_end, clear_contexts):
+        level = self.context_level + 1
+        with Placed(self) as placed:
+            placed.put(
+                lambda: setattr(self, "context_level", level),
+                lambda: self._leave(level, reset_hooks_end, clear_contexts),
+            )
             for group in groups:
                 for name in group.names:
-                    _attach(self, name, group, group.direction, level=self.context_level)
+                    _attach(self, name, group, group.direction, level=level)
             yield self
         if self.runs > before:
             for group in groups:
                 if not group.fired and (group.direction == "fwd" or reset_hooks_end):
                     raise DidNotFire(why_silent(self, group.names, group.direction))
+
+    def _leave(self, level: int, reset: bool, clear_contexts: bool) -> None:
+        if reset:
+            self.reset_hooks(clear_contexts, including_permanent=False, level=level)
+        self.context_level = level - 1
 
     def run_with_hooks(
         self,
@@ -414,6 +420,7 @@ class HookedModule(HookedRootModule):
         cache: dict[str, Tensor] | None = None,
     ) -> dict[str, Tensor]:
         """A dict that later runs fill; the hooks stay until ``reset_hooks()``."""
+        owner(self).check("hooked")
         store, forward, backward = self.get_caching_hooks(names_filter, incl_bwd, device, remove_batch_dim, cache)
         for name, hook in forward:
             self.hook_dict[name].add_hook(hook, "fwd")
@@ -488,22 +495,16 @@ def why_silent(model: Any, names: Sequence[str], direction: str = "fwd", ran: bo
     return f"{shown} did not fire: the model was not run inside, or this run does not pass there"
 
 
-@contextmanager
+@whole
 def unhooked(model: Any) -> Iterator[None]:
-    """Inside the block no hook and no edit is on the sites of ``model``; afterwards they are as they were."""
-    held: list[tuple[Any, Any]] = []
-    for point in model.hook_dict.values():
-        own = point.__dict__
-        for table in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
-            held.append((own[table], own[table].copy()))
-        if "interrupts" in own:
-            held.append((own["interrupts"], own["interrupts"].copy()))
-    # Emptied and filled again, not replaced: torch's handles refer to these very objects.
-    for table, _ in held:
-        table.clear()
-    try:
+    """Inside the block no hook and no edit is on the sites of ``model``; afterwards those are that were not removed."""
+    tables = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "interrupts")
+    held = [
+        (point.__dict__, table) for point in model.hook_dict.values() for table in tables if table in point.__dict__
+    ]
+    with Placed(model) as placed:
+        for own, table in held:
+            # Another in its place, and not emptied: handles remove from the very object that is held here.
+            full = own[table]
+            placed.put(partial(own.__setitem__, table, type(full)()), partial(own.__setitem__, table, full))
         yield
-    finally:
-        for table, kept in held:
-            table.clear()
-            (table.update if isinstance(table, dict) else table.extend)(kept)

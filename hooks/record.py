@@ -14,7 +14,8 @@ from hooks.errors import BadArgument, DidNotFire
 from hooks.gradients import watch_gradient
 from hooks.inputs import gradients_can_be, readable
 from hooks.memory import check_memory
-from hooks.point import HookedModule, add_reader, watched, why_silent
+from hooks.placed import Placed, opened, unsplit
+from hooks.point import HookedModule, watched, why_silent
 from hooks.sites import Pattern, resolve
 from hooks.transforms import active
 
@@ -67,6 +68,7 @@ class _Names:
         self.hook_dict, self.aliases = values, aliases
 
 
+@unsplit
 def record(
     model: Any,
     x: Tensor,
@@ -105,14 +107,11 @@ def record(
         else:
             values[name] = tensor.detach().clone()
 
-    handles: list[Any] = []
-    try:
+    with Placed(model) as placed:
         for name in names:
-            handles.append(add_reader(model.hook_dict[name], partial(save, name=name)))
+            placed.hook(model.hook_dict[name], partial(save, name=name), reads=True)
         with torch.set_grad_enabled(grad):
-            output = model(x, **model_kwargs)
-    finally:
-        _remove(model, names, handles)
+            output = opened(lambda: model(x, **model_kwargs))
     if not grad and isinstance(output, Tensor):
         output = output.clone()
     silent = [name for name in names if name not in values]
@@ -123,11 +122,3 @@ def record(
 
 def _memory(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
-
-
-def _remove(model: Any, names: list[str], handles: list[Any]) -> None:
-    for name, handle in zip(names, handles, strict=False):
-        handle.hook.remove()
-        model.hook_dict[name].readers.discard(handle.hook.id)
-        hooks = model.hook_dict[name].fwd_hooks
-        hooks[:] = [kept for kept in hooks if kept is not handle]

@@ -1,7 +1,5 @@
 """Edits and activation checkpointing: the gradient is the one without checkpointing, or it is an error."""
 
-# ruff: noqa: SIM117, for nnsight needs its `with` on a line of its own
-
 from __future__ import annotations
 
 from collections.abc import Callable

@@ -127,7 +127,7 @@ def test_writing_in_place_is_the_same_as_returning_a_new_tensor(model: Any, x: T
 def test_each_site_of_the_transformer_changes_what_the_table_says_and_nothing_else(
     x: Tensor, torch_s_own: bool
 ) -> None:
-    """A hook that writes in place where q alone, k alone or a norm alone reads leaves the residual stream and the others."""
+    """A hook that writes in place where q, k or a norm alone reads leaves the residual stream and the others."""
     model = small(n_layers=1)
     clean = {name: value.clone() for name, value in hooks.record(model, x).items()}
     reads = {
