@@ -10,7 +10,7 @@ __all__: list[str] = []
 def _refuse_strangers() -> None:
     """End with one line where another ``models``, ``hooks`` or ``interp`` comes before ours on the path.
 
-    The working directory comes first there, and many a project has a folder called models. Its functions would be
+    The working directory comes first there, and many a project has a folder called models. Its functions would
     missing one after the other, far from the reason.
     """
     root = Path(__file__).resolve().parent.parent
@@ -19,7 +19,7 @@ def _refuse_strangers() -> None:
         found = None if spec is None or spec.origin is None else Path(spec.origin).resolve()
         if found is None or root not in found.parents:
             line = (
-                f'error: "import {name}" finds {found or "no package"} and not the one beside analyses: run the command '
+                f'error: "import {name}" finds {found or "none"} and not the one beside analyses: run the command '
                 f"from another folder, or rename that {name}"
             )
             if sys.argv[:1] != ["-m"]:  # a session, which an exit would end

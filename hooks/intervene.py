@@ -12,7 +12,7 @@ from hooks.edit import DoState, Edit, Freeze, as_edit
 from hooks.errors import BadArgument, DidNotFire
 from hooks.gradients import check_gradient
 from hooks.placed import Placed, opened, whole
-from hooks.point import unhooked, why_silent
+from hooks.point import one_gradient, unhooked, why_silent
 from hooks.propagate import StateEdit
 from hooks.record import record
 from hooks.sites import Pattern, resolve
@@ -117,7 +117,7 @@ def _apply(tensor: Tensor, hook: Any, *, change: Edit, site: str, edited: Edited
 def _apply_backward(tensor: Tensor, hook: Any, *, fn: Callable[[Tensor], Tensor], site: str, edited: Edited) -> Tensor:
     edited.fired[f"{site} (backward)"] += 1
     check_gradient(tensor, site)
-    return as_edit(fn, site)(tensor, site)
+    return as_edit(lambda gradient: one_gradient(fn(gradient)), site)(tensor, site)
 
 
 def _propagate(placed: Placed, model: Any, name: str, change: Edit, edited: Edited) -> None:

@@ -21,10 +21,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
-from transformer_lens import ActivationCache, HookedRootModule
+from transformer_lens import HookedRootModule
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.utilities.slice import Slice
 
+from hooks.cache import Cache
 from hooks.errors import BadArgument, DidNotFire, NonFinite, told
 from hooks.finite import check_divisor, note
 from hooks.gradients import check_gradient, trace
@@ -346,7 +347,7 @@ class HookedModule(HookedRootModule):
         bwd_hooks: HookList = (),
         max_memory: int | None = None,
         **model_kwargs: Any,
-    ) -> tuple[Any, ActivationCache]:
+    ) -> tuple[Any, Cache]:
         """``(output, ActivationCache)`` of one run; without a filter the cache holds every site.
 
         ``names_filter``: name, glob, list or predicate. ``pos_slice``: int, tuple, slice or list, taken on each
@@ -380,7 +381,7 @@ class HookedModule(HookedRootModule):
             silent = [name for name in names if name + suffix not in cache]
             if silent and (names_filter is not None or len(silent) == len(names)):
                 raise DidNotFire(why_silent(self, silent, direction))
-        return output, ActivationCache(cache, self, has_batch_dim=not remove_batch_dim)
+        return output, Cache(cache, self, has_batch_dim=not remove_batch_dim)
 
     def get_caching_hooks(  # type: ignore[override]
         self,
@@ -454,8 +455,19 @@ class _Group:
         return self.hook(tensor, hook=hook)
 
 
+def one_gradient(made: Any) -> Any:
+    """What a backward hook made, without the tuple that torch's own hooks return it in."""
+    return made[0] if isinstance(made, tuple) and len(made) == 1 else made
+
+
+def _backward(gradient: Tensor, hook: Any, *, made_by: Hook) -> Any:
+    return one_gradient(made_by(gradient, hook=hook))
+
+
 def _attach(model: Any, name: str, hook: Hook, direction: Any, **options: Any) -> None:
     point = model.hook_dict[name]
+    if direction == "bwd":  # TransformerLens takes heads apart where a site has them, and knows tensors only
+        hook = partial(_backward, made_by=hook)
     point.add_hook(hook, direction, alias_names=None if point.name == name else [name], **options)
 
 

@@ -11,6 +11,7 @@ and a patched run is one that no prompt would give.
 
 from __future__ import annotations
 
+import numbers
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from torch import Tensor
 
 import hooks
 from hooks.brief import brief
-from hooks.errors import BadArgument, NonFinite, told
+from hooks.errors import BadArgument, NonFinite, short, told
 from hooks.inputs import arguments, readable
 from hooks.sites import Pattern, kind_of
 from interp import stats
@@ -221,7 +222,7 @@ def _cells(group: Sequence[str], positions: Positions, length: int) -> list[tupl
         return [(label, [_inside(t, length) for t in at]) for label, at in positions.items()]
     if isinstance(positions, str):
         if positions != "each":
-            raise BadArgument(f'positions={told(positions)}: give "each", None, positions or {{label: positions}}')
+            raise BadArgument(f'positions="{short(positions)}": give "each", None, positions or {{label: positions}}')
         return [(t, [t]) for t in range(length)]
     positions = listed("positions", positions)
     if not positions:
@@ -230,7 +231,9 @@ def _cells(group: Sequence[str], positions: Positions, length: int) -> list[tupl
 
 
 def _inside(t: Any, length: int) -> int:
-    return whole_number("position", t, -length, length - 1)
+    # A number of numpy's or torch's is as good as one of Python's.
+    given = int(t) if isinstance(t, numbers.Integral) and not isinstance(t, bool) else t
+    return whole_number("position", given, -length, length - 1)
 
 
 def _has_positions(name: str) -> bool:

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hooks.errors import BadArgument, unknown
+from hooks.errors import BadArgument, short
 from hooks.point import emit, site
 
 HEADS = ("regression", "classification", "lm")
@@ -43,7 +43,7 @@ class TokenReadIn(nn.Module):
 def read_in(cfg: Any) -> LinearReadIn | TokenReadIn:
     """The read-in that ``cfg.head`` asks for: a table for a language model, else a linear map."""
     if cfg.head not in HEADS:
-        raise BadArgument(unknown("head", cfg.head, HEADS))
+        raise BadArgument(f'head="{short(str(cfg.head))}": there is {", ".join(HEADS)}')
     return TokenReadIn(cfg.d_out, cfg.d_model) if cfg.head == "lm" else LinearReadIn(cfg.d_in, cfg.d_model)
 
 

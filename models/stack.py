@@ -219,6 +219,18 @@ class Root(HookedModule):
         if len(state) != self.cfg.n_layers:
             raise BadArgument(f"the state has {len(state)} layers, the model has {self.cfg.n_layers}")
 
+    def tokens_to_residual_directions(self, tokens: Any) -> Float[Tensor, "*tokens d_model"]:
+        """TransformerLens' name: the rows of the read-out for these outputs (tokens, classes, values), with the final
+        norm's weight in them. A normalised residual stream times one of them, summed, is that output less its bias.
+        """
+        if not hasattr(self.head, "linear"):
+            raise BadArgument(f"a {type(self).__name__} has no read-out: what it predicts is a channel of its block")
+        index = torch.as_tensor(tokens, device=self.head.linear.weight.device)
+        if index.is_floating_point():
+            raise BadArgument(f"outputs are picked by number, 0 to {self.head.d_out - 1}, not by {told(tokens)}")
+        weight: Tensor = self.head.linear.weight * self.ln_final.weight
+        return weight[index.long()]
+
     def _one_token(self, token: Any) -> Tensor:
         """``token`` as prompts of one token; :class:`BadArgument` where it is not one token a prompt."""
         width = self.embed.expects

@@ -37,7 +37,7 @@ PACKAGES = tuple(ARROWS)
 
 # Libraries with a door: the only files of ours that import them.
 DOORS = {
-    "transformer_lens": ("hooks/point.py", "models/transformer.py"),
+    "transformer_lens": ("hooks/point.py", "hooks/cache.py", "models/transformer.py"),
     "nnsight": ("hooks/*",),
     "transformers": ("models/pretrained.py",),
     "seaborn": ("interp/plot/*",),
