@@ -35,10 +35,7 @@ def run(kernel: Callable[..., None], units: int, groups: int, work: int, args: t
 
     def take() -> None:
         for first, last in queue:
-            try:
-                kernel(first, last, groups, *args)
-            except OSError:  # a full disk: numba could not save what it compiled, but it has it, and nothing ran yet
-                kernel(first, last, groups, *args)
+            kernel(first, last, groups, *args)
 
     others = [_pool(threads - 1).submit(take) for _ in range(threads - 1)]
     take()

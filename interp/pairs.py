@@ -25,10 +25,13 @@ def all_pairs(
 ) -> None:
     """Σ_n row_t ∏_{s<k≤t} decay_k gain_s into ``out`` at (t, s) for s ≤ t; ``out`` is contiguous, and zeros."""
     if out.device.type == "cpu" and decay.dtype in (torch.float32, torch.float64):
-        from interp import pairs_compiled  # numba: half a second that only those pay who ask for a matrix
+        from hooks import native  # numba: half a second that only those pay who ask for a matrix
 
-        pairs_compiled.all_pairs(decay, gain, row, out)
-        return
+        if native.usable():
+            from interp import pairs_compiled
+
+            pairs_compiled.all_pairs(decay, gain, row, out)
+            return
     length = decay.shape[1]
     size = 1 << (length - 1).bit_length()
     whole = out if size == length else out.new_zeros(*out.shape[:2], size, size)

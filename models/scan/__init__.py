@@ -56,8 +56,8 @@ def selective_scan(
     """
     given = (x, delta_decay, delta_write, A, B, C, h0)
     operands = _checked(dict(zip(_SCAN, given, strict=True)), _SCAN, _SINGLE, _DOUBLE)
-    run = {"cpu": cpu, "cuda": cuda}.get(x.device.type, reference).selective_scan
-    y, h_last = run(*operands)
+    run = cuda if x.device.type == "cuda" else _engine(x)
+    y, h_last = run.selective_scan(*operands)
     return y.to(x.dtype), h_last
 
 
@@ -76,7 +76,7 @@ def selective_states(
     given = (x, delta_decay, delta_write, A, B, h0)
     axes = {name: axes for name, axes in _SCAN.items() if name != "C"}
     operands = _checked(dict(zip(axes, given, strict=True)), axes, _SINGLE, _DOUBLE)
-    run = cpu if x.device.type == "cpu" else reference
+    run = _engine(x)
     return run.selective_states(*operands)
 
 
@@ -96,7 +96,7 @@ def selective_scan_states(
     """
     given = (x, delta_decay, delta_write, A, B, C, h0)
     operands = _checked(dict(zip(_SCAN, given, strict=True)), _SCAN, _SINGLE, _DOUBLE)
-    run = cpu if x.device.type == "cpu" else reference
+    run = _engine(x)
     y, states = run.selective_scan_states(*operands)
     return y.to(x.dtype), states
 
@@ -115,8 +115,7 @@ def scan(
     axes = {"decay": f"batch pos {rest}", "write": f"batch pos {rest}", "h0": f"batch {rest}"}
     operands = _checked({"write": write, "decay": decay, "h0": h0}, axes, _SINGLE, _DOUBLE, *_COMPLEX)
     write, decay, h0 = operands
-    run = cpu if write.device.type == "cpu" and not write.is_complex() else reference
-    return run.scan(decay, write, h0)
+    return _engine(write).scan(decay, write, h0)
 
 
 def pair_scan(
@@ -153,6 +152,15 @@ def constant_pair_states(
     _even("decay", operands[1])
     y, states = pair.constant_states(*operands)
     return y.to(x.dtype), states
+
+
+def _engine(operand: Tensor) -> Any:
+    """What computes: the compiled loops for real CPU tensors where there are any, else the definition."""
+    if operand.device.type != "cpu" or operand.is_complex():
+        return reference
+    from hooks import native  # numba: half a second that only those pay who scan
+
+    return cpu if native.usable() else reference
 
 
 def _even(name: str, pairs: Tensor) -> None:

@@ -56,7 +56,7 @@ def _constant_by_definition(
 
 
 def _run_constant(operands: Operands, keep: bool) -> tuple[Tensor, ...]:
-    from models.scan import pair_kernels as kernels  # numba: half a second that only those pay who scan
+    from models.scan import pair_kernels as kernels
 
     x, decay, gain, read, h0 = operands
     assert x is not None and decay is not None and gain is not None and read is not None
@@ -173,7 +173,11 @@ def by_definition(decay: Pairs, write: Pairs, start: Start) -> Pairs:
 
 
 def _is_compiled(values: Tensor) -> bool:
-    return values.device.type == "cpu"
+    if values.device.type != "cpu":
+        return False
+    from hooks import native  # numba: half a second that only those pay who scan
+
+    return native.usable()
 
 
 def _compiled(decay: Pairs, write: Pairs, start: Start | None, backwards: bool) -> Pairs:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import inspect
 import multiprocessing
+import os
+import shutil
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +21,7 @@ from torch import Tensor
 
 from hooks import threads as threading_of_kernels
 from hooks.errors import BadArgument
+from hooks.native import compiled
 from models.scan import cuda, reference, scan, selective_scan, selective_states
 from tests.models.test_scan import NAMES, compare, gradients, operands
 from tests.tolerances import assert_matches
@@ -167,32 +172,91 @@ def test_numba_is_imported_by_the_first_scan_and_not_before() -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.law
-def test_without_a_folder_for_machine_code_it_is_compiled_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    from numba.core import caching
-
-    from hooks.native import compiled
-
-    assert compiled(twice)._cache.cache_path is not None
-    monkeypatch.setattr(caching.CompileResultCacheImpl, "_locator_classes", [])
-    assert compiled(twice)(4) == 8
+@pytest.fixture
+def kernel_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder in which machine code is kept."""
+    monkeypatch.setattr("numba.config.CACHE_DIR", str(tmp_path))
+    return tmp_path
 
 
 def twice(number: int) -> int:
     return 2 * number
 
 
+def hits(kernel: Any) -> int:
+    """How often machine code was taken from disk, of a kernel that has been called."""
+    assert kernel(4) == 8 and kernel(4.0) == 8
+    return sum(kernel.stats.cache_hits.values())
+
+
+def damages(content: bytes) -> Iterator[bytes]:
+    yield b""
+    yield content[: len(content) // 2]
+    yield content[:-1]
+    yield bytes([content[0] ^ 1]) + content[1:]
+    yield content[:-40] + bytes([content[-40] ^ 1]) + content[-39:]
+    yield b"\x80\x05\x95" + bytes(100)  # the beginning of a pickle
+    yield b"no pickle at all"
+
+
 @pytest.mark.law
-def test_a_disk_that_fills_up_while_compiling_does_not_stop_the_run() -> None:
-    calls = []
+@pytest.mark.parametrize("kind", ["nbi", "nbc"])
+def test_damaged_machine_code_is_compiled_anew(kernel_folder: Path, kind: str) -> None:
+    assert hits(compiled(twice)) == 0 and hits(compiled(twice)) == 2
+    for file in sorted(kernel_folder.rglob(f"*.{kind}")):
+        content = file.read_bytes()
+        for damaged in damages(content):
+            file.write_bytes(damaged)
+            assert hits(compiled(twice)) == (0 if kind == "nbi" else 1)
+            assert hits(compiled(twice)) == 2, "it was not written again"
 
-    def kernel(first: int, last: int, groups: int) -> None:
-        calls.append((first, last))
-        if len(calls) == 1:
-            raise OSError(28, "No space left on device")
 
-    threading_of_kernels.run(kernel, units=3, groups=1, work=1, args=())
-    assert calls == [(0, 3), (0, 3)]
+@pytest.mark.law
+def test_without_a_folder_for_machine_code_it_is_compiled_each_time(
+    kernel_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from numba.core import caching
+
+    kernel = compiled(twice)
+    assert kernel._cache.cache_path is not None
+
+    def refused(*given: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    # The folder is there and can no longer be written to; a disk is full; a folder has gone.
+    with monkeypatch.context() as patched:
+        patched.setattr(caching.IndexDataCacheFile, "_open_for_write", refused)
+        assert hits(kernel) == 0
+    assert hits(compiled(twice)) == 0
+    shutil.rmtree(kernel_folder)
+    kernel_folder.write_text("a file")
+    assert hits(compiled(twice)) == 0
+    monkeypatch.setattr(caching.CompileResultCacheImpl, "_locator_classes", [])
+    assert hits(compiled(twice)) == 0
+
+
+@pytest.mark.law
+def test_with_the_compiler_switched_off_it_is_the_definition_and_one_warning() -> None:
+    code = """
+import sys, warnings, torch, hooks, models
+from interp.attention import matrix
+with warnings.catch_warnings(record=True) as seen:
+    warnings.simplefilter("always")
+    for name in models.ARCHITECTURES:
+        model = models.build(name, **({"d_in": 5} if name == "theory" else {"d_model": 8, "n_layers": 1, "d_in": 5}))
+        x = torch.randn(2, 4, 5, requires_grad=True)
+        model(x).sum().backward()
+        if name != "transformer":
+            hooks.record(model, x.detach(), "*.hook_state")
+            hooks.record(model, x.detach(), "*.hook_write", grad=True)
+            assert matrix(model, x.detach(), 0).relative_error < 1e-4
+ours = [w for w in seen if "NUMBA_DISABLE_JIT" in str(w.message)]
+assert len(ours) == 1 and ours[0].category is RuntimeWarning, seen
+assert "models.scan.kernels" not in sys.modules and "models.scan.pair_kernels" not in sys.modules
+"""
+    environment = {**os.environ, "NUMBA_DISABLE_JIT": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
 
 
 # --- CUDA: the wrapper, around a stand-in for mamba_ssm's function ------------------------------
