@@ -12,7 +12,7 @@ plain function is there called at each position by itself, with (batch, 1, d_inn
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -41,6 +41,8 @@ class Edit:
     prompts: Tensor | None = field(default=None, repr=False)
     bind: Callable[[Mapping[str, Tensor]], Edit] | None = field(default=None, repr=False)
     given: str = field(default="", repr=False)
+    # the edit at other positions, where ``change`` knows of them
+    moved: Callable[[Index], Edit] | None = field(default=None, repr=False)
 
     def __repr__(self) -> str:
         """As it is called, a tensor by its shape: ``set_to(a Tensor of shape (8, 1, 16) and float32, pos=[7])``."""
@@ -67,9 +69,68 @@ class Edit:
         last, place = len(picks), torch.meshgrid(*picks, indexing="ij")
         return tensor.movedim(0, last).index_put(place, new.movedim(0, last)).movedim(last, 0)
 
+    @property
+    def at_positions(self) -> bool:
+        """Whether ``pos`` picks some positions and not all."""
+        return self.pos is not None and not (isinstance(self.pos, slice) and self.pos == slice(None))
+
+    def within(self, start: int, length: int, site: str) -> Edit | None:
+        """This edit, whose ``pos`` counts a whole sequence, for a run over the tokens from ``start`` to ``start`` +
+        ``length``; None where it touches none of them. A value for each position is cut to those that are there.
+
+        Raises :class:`BadArgument` for positions counted from the end and for a mean over positions: neither is known
+        before the sequence has ended.
+        """
+        if not self.at_positions:
+            return self
+        known = start + length
+        if isinstance(self.pos, slice):
+            ends: list[int] = [part for part in (self.pos.start, self.pos.stop, self.pos.step) if part is not None]
+            counted = list(range(known)[self.pos])
+        else:
+            # Only the largest position counts here, so that all may lie ahead.
+            chosen = torch.as_tensor(self.pos, device="cpu").reshape(-1)
+            size = (
+                len(chosen) if chosen.dtype == torch.bool else max(known, 1 + int(chosen.max()) if len(chosen) else 0)
+            )
+            ends = [] if chosen.dtype == torch.bool else chosen.long().tolist()
+            counted = _indices(self.pos, size, "pos", site).tolist()
+        if any(end < 0 for end in ends):
+            raise BadArgument(f"{self.label} at {site}: positions of a sequence count from its first token, 0, 1, …")
+        if self.across_positions:
+            raise BadArgument(f"{self.label} at {site} is over positions, and a run sees a part of the sequence only")
+        rows = [row for row, p in enumerate(counted) if start <= p < known]
+        if not rows:
+            return None
+        local = [counted[row] - start for row in rows]
+        if self.affine is None:
+            return replace(self, pos=local) if self.moved is None else self.moved(local)
+        affine = self.affine
+
+        def operands(at: str, shape: tuple[int, ...] | None) -> tuple[float | Tensor, float | Tensor]:
+            m, c = affine(at, None)
+            axes = 4 if shape is None else len(shape)
+            return _rows(m, rows, len(counted), axes, at), _rows(c, rows, len(counted), axes, at)
+
+        def change(region: Tensor, whole: Tensor, at: str) -> Tensor:
+            return affine_map(region, *operands(at, tuple(region.shape)))
+
+        return replace(self, pos=local, change=change, affine=operands)
+
     def positions(self, length: int, site: str) -> list[int]:
         """The positions that the edit touches in a prompt of ``length`` tokens, in the order given."""
         return _indices(self.pos, length, "pos", site).tolist()
+
+
+def _rows(value: float | Tensor, rows: list[int], count: int, axes: int, site: str) -> float | Tensor:
+    """``value``, which broadcasts to a region of ``axes`` axes and ``count`` positions, at ``rows`` of these."""
+    at = _axes(site)[0]
+    axis = -1 if at is None or not isinstance(value, Tensor) else value.ndim - axes + at
+    if axis < 0 or not isinstance(value, Tensor) or value.shape[axis] == 1:
+        return value
+    if value.shape[axis] != count:
+        raise BadArgument(f"the value for {site} has {value.shape[axis]} positions, and pos= picks {count}")
+    return value.index_select(axis, torch.tensor(rows, device=value.device))
 
 
 def _indices(chosen: Index, size: int, what: str, site: str) -> Tensor:
@@ -103,6 +164,11 @@ def _axes(site: str) -> tuple[int | None, int]:
     """The position axis of ``site`` (None where it has none) and its channel axis."""
     row = kind_of(site)
     return (1, 2) if row is None else (row.pos_dim, row.channel_dim)
+
+
+def position_axis(site: str) -> int | None:
+    """The axis of ``site`` that counts positions; None where it has none."""
+    return _axes(site)[0]
 
 
 def _conform(new: Any, like: Tensor, site: str, label: str) -> Tensor:
@@ -245,7 +311,8 @@ def mean(
 
     def of(values: Mapping[str, Tensor] | None) -> Edit:
         if values is None:
-            return Edit(label, own, None, pos, channels, across_positions=bool({"pos", "kind"} & set(axes)))
+            across = bool({"pos", "kind"} & set(axes))
+            return Edit(label, own, None, pos, channels, across, moved=moved)
         known_values = values
 
         def constant(site: str, shape: tuple[int, ...] | None) -> tuple[float, Tensor]:
@@ -274,6 +341,9 @@ def mean(
         if not repeats and all(sizes.get(axis, 1) == 1 for axis in axes):
             raise BadArgument(f"{label} at {site}: each mean is over one value and changes nothing; use reference=")
         return region_of(new, pos, channels, site)
+
+    def moved(to: Index) -> Edit:
+        return mean(over, kinds=kinds, pos=to, channels=channels)
 
     def unbound(region: Tensor, whole: Tensor, site: str) -> Tensor:
         raise BadArgument(

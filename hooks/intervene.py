@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from hooks.edit import DoState, Edit, Freeze, as_edit
-from hooks.errors import BadArgument, DidNotFire
+from hooks.edit import DoState, Edit, Freeze, as_edit, position_axis
+from hooks.errors import BadArgument, DidNotFire, told
 from hooks.gradients import check_gradient
 from hooks.placed import Placed, opened, whole
 from hooks.point import one_gradient, unhooked, why_silent
@@ -38,6 +38,7 @@ def edit(
     *,
     backward: Mapping[Any, Callable[[Tensor], Tensor]] | None = None,
     readout_only: bool = False,
+    positions: str | None = None,
 ) -> Iterator[Edited]:
     """Inside the block every run of ``model`` has the edits made; ``edits`` is ``{pattern: edit}`` or ``do_state(…)``.
 
@@ -45,6 +46,10 @@ def edit(
     On ``hook_state`` it propagates (see ``hooks/propagate.py``); ``readout_only=True`` changes what is read out at that
     position and nothing later. ``backward={pattern: function}`` edits gradients. Edits of the same site act in the
     order in which they are given; nested blocks act from the outside in.
+
+    ``positions`` says what ``pos=`` counts where a run goes on from a state, as ``model.step`` and chunks do:
+    ``"sequence"``, from the first token of all, which the state knows; ``"run"``, from the first token of each run. Not
+    said, such a run raises :class:`BadArgument`.
 
     Raises :class:`UnknownSite` before anything is changed, :class:`DidNotFire` on exit where the site of an edit did
     not fire (never hiding an exception of the body), :class:`BadArgument` for an edit that does not fit its site.
@@ -54,6 +59,8 @@ def edit(
     gradients = [(name, fn) for pattern, fn in (backward or {}).items() for name in resolve(model, pattern)]
     if not plan and not gradients:
         raise BadArgument("hooks.edit was given nothing to edit")
+    if positions not in (None, "sequence", "run"):
+        raise BadArgument(f'positions={told(positions)}: it is "sequence" or "run"')
     states = [name for name, _ in plan if name.rsplit(".", 1)[-1] == "hook_state"]
     if readout_only and not states:
         raise BadArgument("readout_only=True is about edits of hook_state, and none is edited here")
@@ -62,14 +69,15 @@ def edit(
             raise BadArgument(f"freeze() at {name}: it is an edit of hook_state that propagates")
     plan = opened(partial(_bind, model, plan))
     edited = Edited()
+    here = partial(_here, model, positions)
     runs = getattr(model, "runs", None)
     with Placed(model) as placed:
         for name, change in plan:
             edited.fired.setdefault(name, 0)
             if name in states and not readout_only:
-                _propagate(placed, model, name, change, edited)
+                _propagate(placed, model, name, change, edited, here)
             else:
-                placed.hook(model.hook_dict[name], partial(_apply, change=change, site=name, edited=edited))
+                placed.hook(model.hook_dict[name], partial(_apply, change=change, site=name, edited=edited, here=here))
         for name, fn in gradients:
             edited.fired.setdefault(f"{name} (backward)", 0)
             placed.hook(model.hook_dict[name], partial(_apply_backward, fn=fn, site=name, edited=edited), "bwd")
@@ -109,9 +117,35 @@ def _bind(model: Any, plan: list[tuple[str, Edit]]) -> list[tuple[str, Edit]]:
     ]
 
 
-def _apply(tensor: Tensor, hook: Any, *, change: Edit, site: str, edited: Edited) -> Tensor:
+Here = Callable[[Edit, int, str], Edit | None]
+
+
+def _here(model: Any, positions: str | None, change: Edit, length: int, site: str) -> Edit | None:
+    """``change`` as it is in the run that is going on, over ``length`` tokens; None where it touches none of them."""
+    before = getattr(model, "tokens_before", 0)
+    if positions == "run" or not change.at_positions or (positions is None and before == 0):
+        return change
+    if positions is None:
+        after = "a state" if before is None else f"a state, after {before} tokens"
+        raise BadArgument(
+            f"pos={told(change.pos)} at {site}: this run goes on from {after}; say what pos= counts, "
+            'hooks.edit(…, positions="sequence") from the first token of all or positions="run" from this run\'s'
+        )
+    if before is None:
+        raise BadArgument(
+            'positions="sequence": the state does not say how many tokens came before; give the one that the model '
+            "returned, or models.Carried(layers, seen=…)"
+        )
+    return change.within(before, length, site)
+
+
+def _apply(tensor: Tensor, hook: Any, *, change: Edit, site: str, edited: Edited, here: Here) -> Tensor | None:
+    axis = position_axis(site)
+    found = change if axis is None else here(change, tensor.shape[axis], site)
+    if found is None:
+        return None
     edited.fired[site] += 1
-    return change(tensor, site)
+    return found(tensor, site)
 
 
 def _apply_backward(tensor: Tensor, hook: Any, *, fn: Callable[[Tensor], Tensor], site: str, edited: Edited) -> Tensor:
@@ -120,7 +154,7 @@ def _apply_backward(tensor: Tensor, hook: Any, *, fn: Callable[[Tensor], Tensor]
     return as_edit(lambda gradient: one_gradient(fn(gradient)), site)(tensor, site)
 
 
-def _propagate(placed: Placed, model: Any, name: str, change: Edit, edited: Edited) -> None:
+def _propagate(placed: Placed, model: Any, name: str, change: Edit, edited: Edited, here: Here) -> None:
     point = model.hook_dict[name]
 
     def fired() -> None:
@@ -130,7 +164,7 @@ def _propagate(placed: Placed, model: Any, name: str, change: Edit, edited: Edit
         raise BadArgument(
             f"{name} of this model is not ours to propagate: readout_only=True changes what is read there"
         )
-    entry = StateEdit(change, name, getattr(point, "parts", 1), fired)
+    entry = StateEdit(change, name, getattr(point, "parts", 1), fired, here)
     entries = point.interrupts
 
     def remove() -> None:

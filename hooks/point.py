@@ -233,14 +233,16 @@ class HookedModule(HookedRootModule):
     """Root of a model with sites. Call ``setup()`` last in ``__init__``.
 
     A subclass gives ``cfg`` (with ``n_layers`` and ``d_model``) and :meth:`axis_sizes`; its ``forward`` sets
-    ``last_stop`` to the ``stop_at_layer`` that it ran with and counts its runs in ``runs``. A point may be listed
-    under another name than its own (``aliases``: other name → listed name); hooks are told the listed one.
+    ``last_stop`` to the ``stop_at_layer`` that it ran with, ``tokens_before`` to how many tokens of the sequence came
+    before (None where nobody knows), and counts its runs in ``runs``. A point may be listed under another name than its
+    own (``aliases``: other name → listed name); hooks are told the listed one.
     """
 
     cfg: Any
     aliases: Mapping[str, str] = MappingProxyType({})
     runs: int = 0
     last_stop: int | None = None
+    tokens_before: int | None = 0
 
     def axis_sizes(self) -> dict[str, int]:
         """Size of every named axis that does not depend on the input."""

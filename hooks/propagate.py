@@ -25,15 +25,23 @@ class StateEdit:
     """One edit of h in one mixer, as the recurrence (``models/recurrence.py``) carries it out.
 
     ``folds`` says whether :meth:`fold` can; :meth:`interrupt` always can. ``parts`` is 2 where the state is complex and
-    shown as pairs of reals. ``fired`` is called once in each run.
+    shown as pairs of reals. ``fired`` is called once in each run that is edited. ``here(edit, length, site)`` is the
+    edit as it is in the run that is going on, over ``length`` tokens, or None.
     """
 
-    def __init__(self, edit: Edit, site: str, parts: int, fired: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        edit: Edit,
+        site: str,
+        parts: int,
+        fired: Callable[[], None],
+        here: Callable[[Edit, int, str], Edit | None] = lambda edit, length, site: edit,
+    ) -> None:
         if edit.across_positions:
             raise BadArgument(
                 f"{edit.label} at {site} needs later states to make earlier ones: use reference= or readout_only=True"
             )
-        self.edit, self.site, self.parts, self.fired = edit, site, parts, fired
+        self.edit, self.site, self.parts, self.fired, self.here = edit, site, parts, fired, here
         self.folds = isinstance(edit, Freeze) or self._is_factor()
 
     def _is_factor(self) -> bool:
@@ -45,7 +53,8 @@ class StateEdit:
 
     def fold(self, decay: Tensor, write: Tensor) -> tuple[Tensor, Tensor]:
         """(m · decay, m · write + c) at the edited positions and channels; the tensors given are not written to."""
-        self.fired()
+        if self.positions(decay.shape[1]):
+            self.fired()
         return self.folded(decay, write)
 
     def folded(self, decay: Tensor, write: Tensor) -> tuple[Tensor, Tensor]:
@@ -69,37 +78,40 @@ class StateEdit:
 
     def positions(self, length: int) -> list[int]:
         """The positions at which h is edited in a run over ``length`` tokens."""
-        return self.edit.positions(length, self.site)
+        edit = self.here(self.edit, length, self.site)
+        return [] if edit is None else edit.positions(length, self.site)
 
     def interrupt(self, state: Tensor, previous: Tensor, t: int, length: int) -> Tensor:
         """h_t (batch, d_inner, n) with the edit made; ``previous`` is h_{t−1}."""
-        edit = self.edit
+        edit = self.here(self.edit, length, self.site)
+        assert edit is not None  # there are positions, and t is one
         if t == min(self.positions(length)):
             self.fired()
-        there = Edit(edit.label, self._change(state, previous, t, length), channels=edit.channels)
+        there = Edit(edit.label, self._change(edit, state, previous, t, length), channels=edit.channels)
         return there(state[:, None], self.site)[:, 0]
 
-    def _change(self, state: Tensor, previous: Tensor, t: int, length: int) -> Change:
-        edit = self.edit
+    def _change(self, edit: Edit, state: Tensor, previous: Tensor, t: int, length: int) -> Change:
         if isinstance(edit, Freeze):
             kept = region_of(previous[:, None], None, edit.channels, self.site)
             return lambda region, whole, site: kept
         if edit.affine is None:
             return edit.change
-        at = self.positions(length)
+        at = edit.positions(length, self.site)
         operands = edit.affine(self.site, (state.shape[0], length, *state.shape[1:]))
         m, c = (_at(value, at.index(t), len(at)) for value in operands)
         return lambda region, whole, site: affine_map(region, m, c)
 
     def _affine(self, values: Tensor, frozen: Callable[[Tensor], Tensor], *, added: bool) -> Tensor:
-        if isinstance(self.edit, Freeze):
-            return self._on(values, frozen)
-        assert self.edit.affine is not None
-        m, c = self.edit.affine(self.site, tuple(values.shape))
-        return self._on(values, lambda v: affine_map(v, m, c if added else 0.0))
+        edit = self.here(self.edit, values.shape[1], self.site)
+        if edit is None:
+            return values
+        if isinstance(edit, Freeze):
+            return self._on(edit, values, frozen)
+        assert edit.affine is not None
+        m, c = edit.affine(self.site, tuple(values.shape))
+        return self._on(edit, values, lambda v: affine_map(v, m, c if added else 0.0))
 
-    def _on(self, tensor: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
-        edit = self.edit
+    def _on(self, edit: Edit, tensor: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
         there = Edit(edit.label, lambda region, whole, site: change(region), pos=edit.pos, channels=edit.channels)
         return there(tensor, self.site)
 

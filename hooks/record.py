@@ -80,6 +80,7 @@ def record(
 ) -> Record:
     """What ``model(x)`` held at ``sites`` (name, glob, list, predicate; None for all), and its output.
 
+    Positions are those of this run: where ``state=`` says that it goes on, they begin after what came before.
     Nothing that runs later changes a recorded tensor: it is a copy, or the run's own where nobody else holds it.
     ``grad=True`` keeps the tensors in the graph (they are then not copies); a backward that brings NaN or inf to one of
     them raises :class:`NonFinite` there. Other hooks and edits that are on the

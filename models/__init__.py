@@ -26,7 +26,7 @@ from models.outline import check_size
 from models.plain import unwrapped
 from models.s4 import S4D, S4DConfig
 from models.s4_dplr import S4, S4Config
-from models.stack import LayerState, Root, Stack
+from models.stack import Carried, LayerState, Root, Stack
 from models.theory import Theory, TheoryConfig
 from models.transformer import Transformer, TransformerConfig
 
@@ -35,6 +35,7 @@ __all__ = [
     "CONFIGS",
     "S4",
     "S4D",
+    "Carried",
     "CheckpointError",
     "LayerState",
     "LinearAttentionConfig",

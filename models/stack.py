@@ -7,13 +7,14 @@ mixer is the architecture. State goes in and out as one :class:`LayerState` for 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import register_pytree_node
 
 from hooks import inputs
 from hooks.compiled import never_compiled
@@ -35,6 +36,22 @@ class LayerState(NamedTuple):
 
 
 State = Sequence[LayerState]
+
+
+class Carried(list[LayerState]):
+    """What a model returns as its state: one :class:`LayerState` for each layer, and ``seen``, the tokens so far.
+
+    Any sequence of layer states is a state. Where it has no ``seen`` (a plain list), the only thing lacking is what
+    ``hooks.edit(…, positions="sequence")`` counts by.
+    """
+
+    def __init__(self, layers: Iterable[LayerState] = (), seen: int | None = None) -> None:
+        super().__init__(layers)
+        self.seen = seen
+
+
+# So that torch's transforms go into it as they go into a list.
+register_pytree_node(Carried, lambda state: (list(state), state.seen), lambda layers, seen: Carried(layers, seen))
 
 
 class Config(Protocol):
@@ -170,11 +187,14 @@ class Root(HookedModule):
         if start is not None and stop is not None and start > stop:
             raise BadArgument(f"start_at_layer={start_at_layer} is after stop_at_layer={stop_at_layer}")
         self.check_input(x, state, start)
+        self.tokens_before = before = 0 if state is None else getattr(state, "seen", None)
         check_input(x)
         check_weights(self)
         begin()
         output, new_state = checked(self, lambda: self._run(x, state, return_state, start, stop))
-        return (output, new_state) if return_state else output
+        if not return_state:
+            return output
+        return output, Carried(new_state, None if before is None else before + x.shape[1])
 
     def _run(
         self, x: Tensor, state: State | None, return_state: bool, start: int | None, stop: int | None

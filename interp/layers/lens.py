@@ -306,5 +306,8 @@ def _repeated(state: Any, count: int) -> Any:
     if isinstance(state, tuple) and hasattr(state, "_fields"):
         return type(state)(*(_repeated(part, count) for part in state))
     if isinstance(state, (list, tuple)):
-        return type(state)(_repeated(part, count) for part in state)
+        repeated = type(state)(_repeated(part, count) for part in state)
+        if hasattr(state, "seen"):  # how many tokens it has seen, by which edits count positions
+            repeated.seen = state.seen  # type: ignore[attr-defined]
+        return repeated
     return state

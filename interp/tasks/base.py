@@ -401,7 +401,10 @@ def _copy(state: Any) -> Any:
     if isinstance(state, tuple) and hasattr(state, "_fields"):
         return type(state)(*(_copy(part) for part in state))
     if isinstance(state, (list, tuple)):
-        return type(state)(_copy(part) for part in state)
+        copied = type(state)(_copy(part) for part in state)
+        if hasattr(state, "seen"):  # how many tokens it has seen, by which edits count positions
+            copied.seen = state.seen  # type: ignore[attr-defined]
+        return copied
     if isinstance(state, dict):
         return {key: _copy(part) for key, part in state.items()}
     return state
