@@ -25,6 +25,8 @@ beyond it an initial state or an edit of the state has put there."""
 class Cache(ActivationCache):
     """What ``run_with_cache`` returns: site name → tensor, with TransformerLens' methods."""
 
+    model: Any
+
     def __getitem__(self, key: Any) -> Tensor:
         """A site by its name or by TransformerLens' short ones; another name of a site counts as its own."""
         aliases = getattr(self.model, "aliases", {})

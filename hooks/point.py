@@ -358,9 +358,9 @@ class HookedModule(HookedRootModule):
         ``incl_bwd`` needs a model whose output is one number. Raises :class:`UnknownSite`, :class:`TooLarge` (before
         the forward), :class:`DidNotFire`, :class:`BadArgument` for an input that the model cannot read.
         """
-        tokens = model_args[0] if model_args else model_kwargs.get("x")
         names = resolve(self, names_filter, "names_filter")
-        readable(self, tokens, model_kwargs=model_kwargs)
+        given = model_args[0] if model_args else model_kwargs.get("x")
+        tokens = readable(self, given, model_kwargs=model_kwargs)
         check_memory(self, tokens, names, max_memory, copies=2 if incl_bwd else 1)
         if remove_batch_dim and tokens.shape[0] != 1:
             raise BadArgument(f"remove_batch_dim needs one prompt, this batch has {tokens.shape[0]}")

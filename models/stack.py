@@ -125,9 +125,10 @@ class Block(nn.Module):
             self.mlp = MLP(d_model, d_mlp)
         self.hook_resid_post = site("hook_resid_post")
 
-    def forward(
-        self, r: Float[Tensor, "batch pos d_model"], state: LayerState | None, return_state: bool
-    ) -> tuple[Float[Tensor, "batch pos d_model"], LayerState | None]:
+    def forward(self, r: Float[Tensor, "batch pos d_model"], state: LayerState | None, return_state: bool) -> Any:
+        """The residual stream after the block; with ``return_state`` also the mixer's state. One tensor where one is
+        asked for: who looks at whole blocks (captum) finds no None beside it.
+        """
         # Shared: the same tensor is the last block's hook_resid_post, or the caller's own.
         r = emit(self.hook_resid_pre, r, shared=True)
         out, state = self.mixer(self.norm(r), state, return_state)
@@ -136,7 +137,8 @@ class Block(nn.Module):
             # Shared: the sum below needs it as it is.
             r = emit(self.hook_resid_mid, r, shared=True)
             r = r + self.mlp(self.norm_mlp(r))
-        return emit(self.hook_resid_post, r), state
+        r = emit(self.hook_resid_post, r)
+        return (r, state) if return_state else r
 
 
 class Root(HookedModule):
@@ -248,7 +250,8 @@ class Root(HookedModule):
         index = torch.as_tensor(tokens, device=self.head.linear.weight.device)
         if index.is_floating_point():
             raise BadArgument(f"outputs are picked by number, 0 to {self.head.d_out - 1}, not by {told(tokens)}")
-        weight: Tensor = self.head.linear.weight * self.ln_final.weight
+        norm: Any = self.ln_final
+        weight: Tensor = self.head.linear.weight * norm.weight
         return weight[index.long()]
 
     def _one_token(self, token: Any) -> Tensor:
@@ -315,6 +318,7 @@ class Stack(Root):
         r = emit(self.hook_embed, self.embed(x)) if start is None else x
         states: list[Any] = []
         for i in range(start or 0, len(self.blocks) if stop is None else stop):
-            r, new = self.blocks[i](r, None if state is None else state[i], return_state)
+            made = self.blocks[i](r, None if state is None else state[i], return_state)
+            r, new = made if return_state else (made, None)
             states.append(new)
         return (r if stop is not None else self.head(self.ln_final(r))), states

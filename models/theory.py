@@ -195,10 +195,11 @@ class TheoryBlock(nn.Module):
         self.mixer = TheoryMixer(cfg)
         self.hook_resid_post = site("hook_resid_post")
 
-    def forward(self, r: Residual, state: LayerState | None, return_state: bool) -> tuple[Residual, LayerState | None]:
+    def forward(self, r: Residual, state: LayerState | None, return_state: bool) -> Any:
         # Shared: the same tensor is the caller's own.
         out, state = self.mixer(emit(self.hook_resid_pre, r, shared=True), state, return_state)
-        return emit(self.hook_resid_post, out, shared=True), state
+        out = emit(self.hook_resid_post, out, shared=True)
+        return (out, state) if return_state else out
 
 
 class Theory(Root):
@@ -255,7 +256,8 @@ class Theory(Root):
         r = emit(self.hook_embed, self.embed(x), shared=True) if start is None else x
         states: list[LayerState | None] = []
         for block in self.blocks[start or 0 : stop]:
-            r, new = block(r, None if state is None else state[0], return_state)
+            made = block(r, None if state is None else state[0], return_state)
+            r, new = made if return_state else (made, None)
             states.append(new)
         return (r if stop is not None else self.head(r)), states
 

@@ -19,6 +19,7 @@ themselves by with paths through ``_original_component``.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,7 @@ from torch import Tensor, nn
 from hooks.errors import BadArgument
 from hooks.point import as_ours, emit
 from hooks.sites import kind_of
+from models.checkpoint import tensors_of
 from models.heads import ReadOut
 from models.stack import Root, State, check_config
 
@@ -194,6 +196,18 @@ class Transformer(Root):
         """
         return super().named_modules(memo if remove_duplicate else set(), prefix, True)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Transformer:
+        """A copy with its hooks, as of any module; ``__reduce__`` would leave them behind."""
+        made = self.__class__.__new__(self.__class__)
+        memo[id(self)] = made
+        made.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return made
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For pickle and ``torch.save``: built anew, as parts of TransformerLens cannot be pickled; without hooks."""
+        tensors = {name: value.detach() for name, value in tensors_of(self).items()}
+        return _rebuilt, (self.cfg, tensors, self.card, self.training)
+
     def axis_sizes(self) -> dict[str, int]:
         """Size of each named axis that does not depend on the input."""
         cfg = self.cfg
@@ -213,6 +227,15 @@ class Transformer(Root):
         for i in range(start or 0, self.cfg.n_layers if stop is None else stop):
             (r,) = self.blocks[i](r)
         return (r if stop is not None else self.head(self.ln_final(r))), []
+
+
+def _rebuilt(cfg: TransformerConfig, tensors: dict[str, Tensor], card: dict[str, Any], training: bool) -> Transformer:
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        model = Transformer(cfg)
+    for name, value in tensors_of(model).items():
+        value.data = tensors[name]
+    model.card = card
+    return model.train(training)
 
 
 def boot(cfg: TransformerConfig) -> Any:

@@ -11,6 +11,7 @@ from captum.attr import LayerActivation, LayerGradientXActivation, LayerIntegrat
 from torch import Tensor
 
 import hooks
+import models
 
 LAYER = "blocks.1.mixer."
 SITES = ["hook_x_in", "hook_delta", "hook_B", "hook_decay", "hook_write", "hook_state", "hook_y", "hook_out"]
@@ -74,3 +75,21 @@ def test_trap_12_integrated_gradients_are_complete_against_the_sites_own_baselin
     assert bool((gap.abs() > 1e-4).any())
     whole = last(x) - last(baseline)
     assert not torch.allclose(found.flatten(1).sum(1), whole, rtol=1e-2), "the comparison that captum makes"
+
+
+@pytest.mark.hygiene
+@pytest.mark.parametrize("architecture", models.ARCHITECTURES)
+def test_the_layer_methods_work_on_whole_blocks(architecture: str, x: Tensor) -> None:
+    model = models.build(architecture, d_in=x.shape[-1]).to(x.dtype).eval()
+
+    def last(tokens: Tensor) -> Tensor:
+        return model(tokens)[:, -1, 0]
+
+    block, name = model.blocks[0], "blocks.0.hook_resid_post"
+    expected = hooks.record(model, x, name)[name]
+    torch.testing.assert_close(LayerActivation(last, block).attribute(x), expected)
+    values = hooks.record(model, x, name, grad=True)
+    (slope,) = torch.autograd.grad(values.output[:, -1, 0].sum(), values[name])
+    found = LayerGradientXActivation(last, block).attribute(x)
+    torch.testing.assert_close(found, slope * values[name].detach())
+    assert bool(found.any())

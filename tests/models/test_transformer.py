@@ -306,3 +306,30 @@ def test_training_lowers_the_loss() -> None:
     learned, blind = trained(None), trained({"*.hook_pattern": partial(torch.mul, 0)})
     assert sum(learned[-10:]) < 0.3 * sum(learned[:10])
     assert sum(learned[-10:]) < 0.5 * sum(blind[-10:])
+
+
+@pytest.mark.hygiene
+def test_what_pickle_is_told_makes_the_same_model() -> None:
+    """pickle and torch.save ask a model what to call, with which arguments; nothing is unpickled here."""
+    model = models.build("transformer", d_model=8, n_layers=2, n_heads=2, d_in=3).to(torch.float64).eval()
+    model.card = {"task": "linreg"}
+    x = torch.randn(2, 5, 3, dtype=torch.float64)
+    make, given = model.__reduce_ex__(2)
+    again = make(*given)
+    assert torch.equal(again(x), model(x)) and again.card == model.card and not again.training
+    plain = (str, int, float, bool, type(None), torch.Tensor, type(model.cfg), dict)
+    assert all(isinstance(part, plain) for part in given)
+    assert all(isinstance(part, torch.Tensor) for part in given[1].values())
+
+
+@pytest.mark.hygiene
+def test_a_deep_copy_keeps_its_hooks_and_shares_no_weight() -> None:
+    model = models.build("transformer", d_model=8, n_layers=1, n_heads=2, d_in=3)
+    seen: list[str] = []
+    model.add_hook("blocks.0.hook_resid_post", lambda value, hook: seen.append(hook.name))
+    again = copy.deepcopy(model)
+    again(torch.randn(1, 4, 3))
+    assert seen == ["blocks.0.hook_resid_post"]
+    with torch.no_grad():
+        again.head.linear.weight.zero_()
+    assert bool(model.head.linear.weight.any())
