@@ -31,8 +31,9 @@ from torch import Tensor, nn
 
 from hooks.errors import BadArgument
 from models.card import Card
-from models.checkpoint import CheckpointError, tensors_of
+from models.checkpoint import CheckpointError
 from models.mamba import Mamba, MambaConfig
+from models.plain import tensors_of
 
 TOLERANCE = 1e-5
 """Largest difference between a part of a model and the same part of the other on the same input, as a share of the

@@ -32,7 +32,6 @@ from torch import Tensor, nn
 from hooks.errors import BadArgument
 from hooks.point import as_ours, emit
 from hooks.sites import kind_of
-from models.checkpoint import tensors_of
 from models.heads import ReadOut
 from models.stack import Root, State, check_config
 
@@ -205,6 +204,8 @@ class Transformer(Root):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """For pickle and ``torch.save``: built anew, as parts of TransformerLens cannot be pickled; without hooks."""
+        from models.plain import tensors_of  # which imports this module
+
         tensors = {name: value.detach() for name, value in tensors_of(self).items()}
         return _rebuilt, (self.cfg, tensors, self.card, self.training)
 
@@ -230,6 +231,8 @@ class Transformer(Root):
 
 
 def _rebuilt(cfg: TransformerConfig, tensors: dict[str, Tensor], card: dict[str, Any], training: bool) -> Transformer:
+    from models.plain import tensors_of  # which imports this module
+
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         model = Transformer(cfg)
     for name, value in tensors_of(model).items():
