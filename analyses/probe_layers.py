@@ -489,8 +489,8 @@ def _named(arrays: Mapping[str, Any]) -> str:
         text = (
             f"none of the algorithms tried fits the last block's predictions as they are ({nearest}: {left('match')})"
         )
-    if scaled != NONE and scaled_said != said:
-        text += f"; scaled, {scaled_said} does ({_percent(float(arrays['match_scaled_nearest'][0, -1]))})"
+        if scaled != NONE:
+            text += f"; scaled, {scaled_said} does: {left('match_scaled')}"
     return text
 
 

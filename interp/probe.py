@@ -29,6 +29,8 @@ from interp.stats import Interval, bootstrap, ratio
 PENALTIES = tuple(10.0**power for power in range(-2, 6))
 """Ridge's α on standardised features. For logistic regression, C = 1 / α of every second of them."""
 FOLDS = 4
+FEWEST = 32
+"""Least prompts that judge a probe: of labels drawn at random the interval then lies above 0 as often as it says."""
 Array = NDArray[Any] | Tensor
 """Features (prompt, feature) or (prompt, row, feature); targets with the same first axes."""
 Rows = NDArray[np.float64]
@@ -46,11 +48,14 @@ class Split:
 
 
 def split(n: int, test_share: float = 0.25, seed: int = 0) -> Split:
-    """``n`` prompts in two parts at random.
+    """``n`` prompts in two parts at random; ``test_share`` of them judge, but FEWEST at least where half of them are as
+    many. With fewer than 2 FEWEST prompts the intervals are too short, and lie above 0 by chance more often than 2.5 %.
 
     Raises ``BadArgument`` where fewer than 2 · FOLDS prompts could fit or fewer than 2 could judge.
     """
     test = round(n * test_share)
+    if n >= 2 * FEWEST and test:
+        test = max(test, FEWEST)
     if n - test < 2 * FOLDS or test < 2:
         raise BadArgument(
             f"{n} prompts with a test share of {test_share:g} leave {n - test} to fit and {test} to judge a probe; "

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float, Num
 from numpy.typing import NDArray
+from scipy.special import ndtr, stdtrit
 from torch import Tensor
 
 from hooks.brief import brief
@@ -69,8 +70,9 @@ def bootstrap(
     A resample is a count of how often it holds each prompt, so the means of all resamples are one
     matrix product, counts (n_boot, n) @ values (n, …) / n. ``statistic`` takes (n, …) and reduces
     axis 0 (``lambda v: np.median(v, axis=0)``); it is called once for each resample, in a loop.
-    The interval is a little short for small n (by the factor sqrt(1 - 1/n) and normal instead of t
-    quantiles), and for heavy tails at any n; n ≥ 200 is a fair rule.
+    A percentile interval is short for small n, by the factor sqrt(1 - 1/n) and by a normal's quantiles
+    instead of t's; its ends are taken so much further out (Hesterberg 2015, §4.1: "expanded"). For heavy
+    tails it is short at any n; n ≥ 200 is a fair rule.
     Raises ``BadArgument`` for no prompt, ``NonFinite`` for NaN or inf in ``values``.
     """
     data = _prompts(values)
@@ -264,10 +266,16 @@ def _all_signs(n: int) -> Iterator[NDArray[np.float64]]:
 
 
 def _interval(estimate: NDArray[np.float64], draws: NDArray[np.float64], n: int, level: float) -> Interval:
-    """The central ``level`` of the draws, in the shape of the estimate."""
+    """The central ``level`` of the draws, expanded for small n, in the shape of the estimate."""
     valid(len(draws), level)
     if n == 1:
         return without_spread(estimate, n, level)
-    ends = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2], axis=0)
+    outside = _expanded((1 - level) / 2, n)
+    ends = np.quantile(draws, [outside, 1 - outside], axis=0)
     low, high = ends.reshape(2, *estimate.shape)
     return Interval(estimate, np.asarray(low), np.asarray(high), n=n, level=level)
+
+
+def _expanded(tail: float, n: int) -> float:
+    """The share of the draws to leave out on either side: Φ(sqrt(n / (n − 1)) t), t the quantile of Student's law."""
+    return float(ndtr((n / (n - 1)) ** 0.5 * stdtrit(n - 1, tail)))

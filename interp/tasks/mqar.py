@@ -29,6 +29,8 @@ class AssociativeRecall:
               are longer or shorter in proportion.
     power     a: of the places for queries (every second token after the pairs) each pair gets its own, the g-th with
               probability ∝ g^(a-1) among those that are left. Small a: most are asked soon, a few late; 1: uniform.
+              Pairs draw in the order in which they are told, as in the released sampler, so that for a < 1 those told
+              first are asked sooner: with the defaults the first query is for pair 0 with P = 0.269, not 1/8.
 
     Example k is the k-th query of the prompt: it is read at the key's second token, after all the pairs and k queries.
     No answer is given after a query, so the value is in the prompt once, behind its key. The places differ from prompt
@@ -135,7 +137,8 @@ class AssociativeRecall:
         """0/1 errors of the rivals, averaged over their guesses.
 
         recall   looks the key up among the pairs: 0
-        in_context  one of the prompt's values, each pair as likely: what is left without the binding of key to value
+        in_context  one of the prompt's values, each pair as likely: what is left without the binding of key to value.
+                    Who knows which pairs are asked sooner (``power``) does a little better without it too
         chance   one of all values
         """
         pairs = batch.targets.shape[1]

@@ -17,7 +17,7 @@ import models
 from analyses import probe_layers
 from hooks.errors import BadArgument
 from interp import cli, evaluate, tasks
-from interp.layers import lens, matching
+from interp.layers import families, lens
 from interp.layers import readings as layers
 from interp.result import Result
 from interp.stats import Interval
@@ -63,12 +63,16 @@ def test_the_table_has_every_part_with_interval_and_n(result: Result) -> None:
             rows = probes[probes.what == f"{features} → {target}"]
             assert set(rows.k) == {2, 8}
             assert set(rows.setting) == {"", "shuffled"} | (set() if features == "running sum" else {"untrained"})
-    families = set(table[table.part == "match"].what)
-    assert {"GD", "GD++", "Newton", "online GD", "ridge", "least squares", "k-NN", "averaging", "zero"} <= families
+    named = set(table[table.part == "match"].what)
+    solvers = {"GD", "GD on sums", "GD++", "Newton", "online GD", "online GD of labels", "ridge", "least squares"}
+    assert solvers | {"k-NN", "averaging", "zero", "the labels themselves"} <= named
+    assert {f"{name}, scaled" for name in solvers} <= named
     assert {8, 17} <= set(table[table.part == "map"].k)
     late = table[(table.part == "match") & table.k.notna()]
     assert set(late.k) == {3, 6, 8} and set(late.block) == set(range(BLOCKS + 1))
-    assert sum(late.what.str.startswith("nearest: ")) == 3 * (BLOCKS + 1)
+    for how in ("as it is", "with a scale"):
+        assert sum(late.what == f"{how}: none of these") == 3 * (BLOCKS + 1), "random weights are no algorithm"
+    assert set(result.provenance["last block"]) == {"as it is", "with a scale"}
     assert result.ok, [check for check in result.checks if not check.ok]
     assert len(result.checks) >= 8 and result.provenance["notes"] == []
 
@@ -186,7 +190,7 @@ def parts(config: probe_layers.Config) -> dict[str, Any]:
             "seen": layers.through_lens(subject, 40, config.m, config.queries),
             "probes": layers.probes(subject, 80)[:8],
             "levels": levels,
-            "found": matching.candidates(levels.within(), steps=2),
+            "found": families.candidates(levels.within(), steps=2),
             "config": config,
         }
 
@@ -247,9 +251,9 @@ def test_predictions_that_fit_another_ws_labels_are_seen(
     subject, levels = parts["subject"], parts["levels"]
     monkeypatch.setattr(type(subject.task), "corrupt", lambda task, batch, generator: batch)
     solved = estimators.build("ols")(levels.within()).double()
-    calibrated = levels.calibrated.clone()
-    calibrated[-1, :, : levels.trained] = solved
-    tampered = dataclasses.replace(levels, calibrated=calibrated)
+    answers = levels.answers.double()
+    answers[-1, :, : levels.trained] = solved
+    tampered = dataclasses.replace(levels, answers=answers)
     assert failing(parts, levels=tampered) == {"distance to least squares of another w's labels"}
 
 

@@ -92,7 +92,7 @@ def test_an_algorithm_in_the_place_of_a_model_has_its_own_name_and_settings(
 def test_with_a_scale_and_a_shift_it_is_found_as_that_and_as_it_is_never_under_another_name(
     key: str, matched: dict[tuple[str, str], matching.Match]
 ) -> None:
-    """Some rescaled algorithms are other settings of themselves, which keeps the name. No scale is taken from labels."""
+    """Some rescaled algorithms are other settings of themselves, which keeps the name. No label has a say in a scale."""
     match, own = matched[key, "2 p − 1"], PLANTED[key][2].split(" (")[0]
     assert match.as_it_is.name == matching.NONE, "a shift of 1 is none of these"
     best = match.named.best
@@ -170,33 +170,35 @@ def test_families_are_the_estimators(batch: tasks.Batch, found: families.Candida
         alone = family.predict(row[None, None], where)[0, ..., 0]
         each = family.predict(row.expand(1, len(KS), -1), where)[0, ..., 0]
         torch.testing.assert_close(alone.expand_as(each), each)
-        name, values = family.words(row.tolist()), row.tolist()
-        over = "sums" if "sums" in name or "sums" in family.name else "means"
-        form = "once" if name.startswith("once") else "iterated"
-        built = {
-            "averaging": lambda: estimators.averaging(),
-            "least squares": lambda: estimators.build("ols"),
-            "k-NN": lambda: estimators.knn(3),
-            "ridge": lambda: estimators.ridge(values[0]),
-            "GD": lambda: estimators.build("gd", steps=int(values[0]), rate=values[1] if len(values) > 1 else None),
-            "GD on sums": lambda: estimators.build("gd", steps=int(values[0]), rate=values[1], over="sums"),
-            "Newton": lambda: estimators.build("newton", steps=int(values[0]) ),
-            "online GD": lambda: estimators.build("online_gd", rate=values[0], forgetting=float(np.exp(-sum(values[1:])))),
-            "online GD of labels": lambda: estimators.build(
-                "online_gd", rate=values[0], forgetting=float(np.exp(-values[1])), form="label"
-            ),
-            "GD++": lambda: estimators.build(
-                "gdpp", steps=int(values[0]), form=form, over=over,
-                **({"rate": values[1], "gamma": values[2]} if len(values) > 1 else {}),
-            ),
-        }  # fmt: skip
         if family.name == "zero":
             assert not alone.any()
             continue
-        expected = built[family.name]()(exact)[3:40, 1:]
+        name, options = by_hand(family, row.tolist())
+        expected = estimators.build(name, **options)(exact)[3:40, 1:]
         torch.testing.assert_close(alone, expected, rtol=1e-6, atol=1e-7)
-        checked.add((family.name, len(values), form, over))
+        checked.add((name, *options, options.get("form"), options.get("over")))
     assert len(checked) == len(found.families) - 1, "no form was checked twice in the place of another"
+
+
+def by_hand(family: families.Family, row: list[float]) -> tuple[str, dict[str, Any]]:
+    """The estimator of the same function, and its options."""
+    over = "sums" if "sums" in family.name + family.words(row) else "means"
+    rate = {"rate": row[1]} if len(row) > 1 else {}
+    if family.name in ("averaging", "least squares"):
+        return {"averaging": "averaging", "least squares": "ols"}[family.name], {}
+    if family.name == "k-NN":
+        return "knn", {"neighbours": 3}
+    if family.name == "ridge":
+        return "ridge", {"alpha": row[0]}
+    if family.name.startswith("online GD"):
+        keep = {"forgetting": float(np.exp(-row[1]))} if len(row) > 1 else {}
+        return "online_gd", {"rate": row[0], **keep, "form": "label" if "labels" in family.name else "residual"}
+    if family.name == "GD++":
+        form = "once" if family.words(row).startswith("once") else "iterated"
+        more = {**rate, "gamma": row[2]} if rate else {}
+        return "gdpp", {"steps": int(row[0]), **more, "form": form, "over": over}
+    options = {"steps": int(row[0])}
+    return ("newton", options) if family.name == "Newton" else ("gd", {**options, **rate, "over": over})
 
 
 @pytest.mark.statistics

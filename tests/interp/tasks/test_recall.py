@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from itertools import permutations
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -68,6 +70,47 @@ def test_a_pairs_gap_follows_the_power_law(power: float) -> None:
         assert near(soonest, 1.0)
     if power == 0.01:
         assert not near(soonest, 1.0) and float(soonest.mean()) < 1, "an early pair has the choice of early places"
+
+
+@pytest.mark.statistics
+@pytest.mark.parametrize("power", [0.01, 1.0])
+def test_pairs_told_first_are_asked_sooner_as_often_as_a_sum_over_all_orders_says(power: float) -> None:
+    """P(query is for pair) of three pairs on six places, summed over the 120 orders in which places can be drawn."""
+    p = np.arange(1, 7) ** (power - 1.0)
+    p /= p.sum()
+    expected = np.zeros((3, 3))
+    for places in permutations(range(6), 3):
+        first, second, third = places
+        chance = p[first] * p[second] / (1 - p[first]) * p[third] / (1 - p[first] - p[second])
+        expected[range(3), np.argsort(places)] += chance
+    n = 20_000
+    batch = tasks.build("mqar", n_pairs=3, length=18, power=power).sample(n, seeds.generator("probe", 0))
+    seen = torch.nn.functional.one_hot(batch.truth["pair"], 3).double().mean(0).numpy()
+    assert np.abs(seen - expected).max() < 4.5 * (0.25 / n) ** 0.5
+    assert expected[0, 0] == pytest.approx(1 / 3 if power == 1 else 0.457, abs=1e-3)
+
+
+@pytest.mark.statistics
+def test_the_first_query_is_for_the_first_pair_as_often_as_the_docstring_says() -> None:
+    """Each place a clock of rate p_g: the first pair has the first that rings. That place g is the smallest of all m
+    means that the next m − 1 to ring are behind it: ∫ L e^(−L t) P(m − 1 of those have rung by t) dt, L = Σ_{h<g} p_h.
+    """
+    m, p = 8, np.arange(1, 25) ** -0.99
+    p /= p.sum()
+    t = np.logspace(-6, 7, 8001)
+    found = float(p[0])
+    for g in range(1, 24 - m + 1):
+        rung = np.eye(1, m).T * np.ones_like(t)
+        for rate in p[g + 1 :]:
+            now = -np.expm1(-rate * t)
+            rung = rung * (1 - now) + np.vstack([0 * t, rung[:-1] * now]) + np.eye(1, m, m - 1).T * rung[-1] * now
+        before = p[:g].sum()
+        found += float(p[g] * np.trapezoid(before * np.exp(-before * t) * rung[-1], t))
+    assert found == pytest.approx(0.269, abs=5e-4) and "P = 0.269" in (type(tasks.build("mqar")).__doc__ or "")
+    n = 30_000
+    batch = tasks.build("mqar").sample(n, seeds.generator("probe", 1))
+    share = float((batch.truth["pair"][:, 0] == 0).double().mean())
+    assert abs(share - found) < 4 * (found * (1 - found) / n) ** 0.5
 
 
 @pytest.mark.statistics
