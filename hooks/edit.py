@@ -20,6 +20,7 @@ from torch import Tensor
 
 from hooks.errors import BadArgument, told
 from hooks.sites import kind_of
+from hooks.transforms import active
 
 Index = int | slice | Sequence[int] | Tensor | None
 # (values of the chosen region, the whole tensor, the site's name) -> new values, broadcastable to the region
@@ -217,17 +218,21 @@ def _numbers(value: Any, label: str) -> float | Tensor:
 
 def affine_map(values: Tensor, m: float | Tensor, c: float | Tensor) -> Tensor:
     """m · values + c, where m = 0 gives exactly c (0 · inf is nan)."""
+    # A factor that somebody differentiates by, or that stands for many, is not known by its numbers.
+    known = not (isinstance(m, Tensor) and (m.requires_grad or active()))
     m = torch.as_tensor(m, dtype=values.dtype, device=values.device)
     c = torch.as_tensor(c, dtype=values.dtype, device=values.device)
     for part in (m, c):
         if part.ndim > values.ndim:
             raise BadArgument(f"a value of shape {tuple(part.shape)} does not fit the region {tuple(values.shape)}")
     try:
-        if not m.requires_grad and bool((m == 0).all()):
+        if known and bool((m == 0).all()):
             return c.expand(values.shape).clone()
-        if not m.requires_grad and bool((m == 1).all()):
+        if known and bool((m == 1).all()):
             return values + c
-        return torch.where(m == 0, values.new_zeros(()), values) * m + c
+        # Only what is not finite is hidden from a factor of 0: its slope by the factor is the value.
+        hidden = (m == 0) & ~values.isfinite()
+        return torch.where(hidden, values.new_zeros(()), values) * m + c
     except RuntimeError as error:
         shapes = f"{tuple(m.shape)}, {tuple(c.shape)}"
         raise BadArgument(f"values of shape {shapes} do not fit the region {tuple(values.shape)}") from error

@@ -23,7 +23,8 @@ def exact(function: Callable[..., Tensor], *operands: Tensor) -> Tensor:
 
     ``function`` depends on nothing that has gradients but its operands. Without autocast it is simply called.
     """
-    if not torch.is_autocast_enabled(operands[0].device.type):
+    kind = operands[0].device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return function(*operands)
     result: Tensor = _Exact.apply(function, *operands)
     return result

@@ -59,13 +59,18 @@ def every_order(jvp: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def batched(tensor: Tensor | None) -> bool:
+    """Whether ``tensor`` is the gradients of many in one, by the mechanism that :func:`translated` is about."""
+    return tensor is not None and torch._C._functorch.is_legacy_batchedtensor(tensor)
+
+
 def translated(function: Callable[..., Any], *tensors: Tensor | None) -> Any:
     """``function(*tensors)``, a tuple of tensors and None, by ``torch.vmap`` where a tensor stands for many.
 
     ``torch.autograd.grad(is_grads_batched=True)``, and so ``torch.autograd.functional.jacobian(vectorize=True)``, has a
     mechanism of its own, older than ``torch.vmap``, that knows no rule of a custom function: here it is translated.
     """
-    many = [t is not None and torch._C._functorch.is_legacy_batchedtensor(t) for t in tensors]
+    many = [batched(tensor) for tensor in tensors]
     if not any(many):
         return function(*tensors)
     level = torch._C._vmapmode_increment_nesting() - 1

@@ -13,15 +13,19 @@ import torch
 from torch import Tensor
 
 from hooks.derivatives import pull
+from hooks.transforms import active, batched, translated
 from models.scan import reference
 
 
 def selective_scan(
     x: Tensor, delta_decay: Tensor, delta_write: Tensor, A: Tensor, B: Tensor, C: Tensor, h0: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """`reference.selective_scan`; by mamba_ssm's kernel for float32, one delta and no ``h0``, which is all it knows."""
+    """`reference.selective_scan`; by mamba_ssm's kernel for float32, one delta and no ``h0``, which is all it knows.
+
+    Inside a transform it is the definition.
+    """
     one_delta = delta_decay is delta_write
-    if h0 is not None or not one_delta or x.dtype != torch.float32 or not _installed():
+    if h0 is not None or not one_delta or x.dtype != torch.float32 or active() or not _installed():
         return reference.selective_scan(x, delta_decay, delta_write, A, B, C, h0)
     return _MambaSsm.apply(x, delta_decay, delta_write, A, B, C)
 
@@ -53,8 +57,9 @@ class _MambaSsm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         g_y, g_last = grads
-        if torch.is_grad_enabled() or g_last is not None:
-            return pull(reference.selective_scan, ctx.saved_tensors, ctx.needs_input_grad, grads)
+        if torch.is_grad_enabled() or g_last is not None or batched(g_y):
+            operands, needed = ctx.saved_tensors, ctx.needs_input_grad
+            return translated(lambda *given: pull(reference.selective_scan, operands, needed, given), *grads)
         (x, delta, _, A, B, C), y = ctx.inner
         g_x, g_delta, g_A, g_B, g_C = torch.autograd.grad(y, (x, delta, A, B, C), g_y, retain_graph=True)
         return g_x, g_delta, None, g_A, g_B, g_C

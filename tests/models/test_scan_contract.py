@@ -307,6 +307,25 @@ def test_mamba_ssm_is_used_where_it_applies(mamba_ssm: list[str]) -> None:
     assert mamba_ssm == ["mamba_ssm"] * 2
 
 
+@pytest.mark.definition
+def test_inside_a_transform_it_is_the_definition(mamba_ssm: list[str]) -> None:
+    given = operands(2, 9, 5, 3, dtype=torch.float32)
+    x, delta, A, B, C = (given[name].detach() for name in ("x", "delta_decay", "A", "B", "C"))
+
+    def number(delta: Tensor) -> Tensor:
+        return cuda.selective_scan(x, delta, delta, A, B, C, None)[0].square().sum()
+
+    leaf = delta.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(number(leaf), leaf)
+    assert mamba_ssm == ["mamba_ssm"]
+    assert_matches(torch.func.grad(number)(delta), expected)
+    assert_matches(torch.func.jacfwd(number)(delta), expected)
+    assert_matches(torch.vmap(torch.func.grad(number))(delta[None])[0], expected)
+    assert mamba_ssm == ["mamba_ssm"]
+    both = torch.autograd.functional.jacobian(lambda d: torch.stack([number(d), 2 * number(d)]), delta, vectorize=True)
+    assert_matches(both[1], 2 * expected)
+
+
 @pytest.mark.device
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_is_the_definition() -> None:

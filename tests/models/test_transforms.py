@@ -313,3 +313,29 @@ def test_delta_that_is_one_number_but_moves_token_by_token() -> None:
         (slope,) = torch.autograd.grad(output(leaf), leaf)
         assert float((slope - slope[:, :1]).abs().max()) > 1e-3
         assert_matches(jvp(output, (start,), (slope,))[1], slope.square().sum(), variant)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.5, 1.0])
+def test_the_factor_of_an_edit_has_its_slope_also_at_zero(value: float) -> None:
+    """The output is a function of the factor, smooth at 0 and 1 too, where an edit takes its shortcuts."""
+    model = made("mamba")
+
+    def output(factor: Tensor) -> Tensor:
+        with hooks.edit(
+            model, {MIXER + "hook_x": hooks.scale(factor, pos=2), MIXER + "hook_state": hooks.scale(factor)}
+        ):
+            return model(X).sum()
+
+    at = torch.tensor(value, dtype=torch.float64)
+    with torch.no_grad():
+        expected = (output(at + 1e-6) - output(at - 1e-6)) / 2e-6
+    leaf = at.clone().requires_grad_()
+    found = {
+        "autograd": torch.autograd.grad(output(leaf), leaf)[0],
+        "grad": grad(output)(at),
+        "jvp": jvp(output, (at,), (torch.ones_like(at),))[1],
+        "vmap": vmap(grad(output))(torch.stack([at, at + 1]))[0],
+    }
+    assert float(expected.abs()) > 1e-3
+    for name, slope in found.items():
+        torch.testing.assert_close(slope, expected, rtol=1e-6, atol=1e-8, msg=lambda text, name=name: f"{name}: {text}")
