@@ -64,7 +64,7 @@ class Stored:
     path: str | os.PathLike[str]
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors by name, in memory of their own; raises :class:`Unreadable` for a header that torch cannot read."""
+        """The tensors by name, in memory of their own; raises :class:`Unreadable` for a header that is not of them."""
         try:
             return safetensors.torch.load(self.data)
         except (safetensors.SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -99,8 +99,8 @@ def load(source: str | os.PathLike[str] | nn.Module) -> Root:
 
     ``source``: a bundled name (:func:`names`; write ``./name`` for a folder of that name), a run
     folder, a checkpoint file, or a live Hugging Face ``MambaForCausalLM`` or ``MambaModel``,
-    whose weights are copied and whose logits are compared with ours. A model of ours is returned
-    as it is.
+    whose weights are copied and every part of which is compared with ours. A model of ours is returned
+    as it is; of ``torch.compile``, DataParallel and DDP, what is inside counts.
 
     Raises :class:`BadArgument` (:class:`CheckpointError` where there is a file) with one line on
     what is wrong.

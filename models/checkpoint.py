@@ -201,7 +201,7 @@ def _checked(model: Any) -> tuple[Root, dict[str, Tensor]]:
 
 
 def _apart(value: Tensor) -> Tensor:
-    """``value`` contiguous in memory that is its own: safetensors refuses parts of one vector, as some optimizers keep."""
+    """``value`` contiguous in memory that is its own: safetensors refuses parts of one vector."""
     whole = value.is_contiguous() and value.untyped_storage().nbytes() == value.nbytes
     return value if whole else value.clone(memory_format=torch.contiguous_format)
 
@@ -213,7 +213,7 @@ def _type(value: Tensor) -> str:
     return str(value.dtype).removeprefix("torch.")
 
 
-def _path(path: str | os.PathLike[str]) -> Path:
+def _path(path: Any) -> Path:
     try:
         return Path(path)
     except TypeError:

@@ -54,6 +54,7 @@ class TiedLinear(nn.Module):
     ``to_empty``, a parametrisation), and lists it once. ``weight`` is the table.
     """
 
+    embed: TokenReadIn
     bias = None
 
     def __init__(self, embed: TokenReadIn) -> None:
@@ -93,10 +94,11 @@ class ReadOut(nn.Module):
     def __init__(self, cfg: Any, embed: LinearReadIn | TokenReadIn) -> None:
         super().__init__()
         self.d_out = cfg.d_out
-        tied = isinstance(embed, TokenReadIn) and cfg.tie_embeddings
         # Drawn also where it is not kept: the weights that are drawn after it are then the same for one seed.
         own = nn.Linear(cfg.d_model, cfg.d_out, bias=cfg.head != "lm")
-        self.linear: nn.Module = TiedLinear(embed) if tied else own
+        self.linear: nn.Module = own
+        if isinstance(embed, TokenReadIn) and cfg.tie_embeddings:
+            self.linear = TiedLinear(embed)
         self.hook_out = site("head.hook_out")
 
     def forward(self, r: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_out"]:

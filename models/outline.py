@@ -1,4 +1,4 @@
-"""A model's outline: every tensor with its shape and no memory behind it, so that a file is compared before it is believed.
+"""A model's outline: every tensor with its shape and no memory behind it, so that a file is compared first.
 
 A loaded model is its outline filled with the tensors of the file: no initial weight is ever drawn, and nothing larger
 than the file is made, whatever the configuration in the file says.

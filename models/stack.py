@@ -64,7 +64,7 @@ class Config(Protocol):
 
 
 def check_config(cfg: Any, *sizes: str) -> None:
-    """Raise :class:`BadArgument` where one of the fields ``sizes`` is below 1, or ``norm_eps`` is no number to divide by.
+    """Raise :class:`BadArgument` where one of the fields ``sizes`` is below 1, or ``norm_eps`` not in [0, inf).
 
     None in a field stands for the field's own default, which the class works out of the others.
     """

@@ -35,7 +35,7 @@ MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
 class State(NamedTuple):
-    """``tensors``: weights, optimizer moments and RNG; ``progress``: step, seconds, sums; ``metrics``: the lines so far."""
+    """``tensors``: weights, optimizer moments, RNG; ``progress``: step, seconds, sums; ``metrics``: lines so far."""
 
     tensors: dict[str, Tensor]
     progress: dict[str, Any]

@@ -189,7 +189,8 @@ def finished(config: TrainConfig, folder: Path) -> dict[str, Any] | None:
     if differs:
         raise BadArgument(f"{path} is of another training ({differs}); give another --out")
     # Cards from before it was kept have none. A file that somebody has taken away is none that could mislead.
-    for name, checksum in card.get("files", {}).items():
+    files = card.get("files")
+    for name, checksum in files.items() if isinstance(files, Mapping) else ():
         if os.path.lexists(folder / name) and _checksum(folder / name) != checksum:
             raise BadArgument(
                 f"{folder / name} was altered after the training wrote it: it does not give the checksum in the card "

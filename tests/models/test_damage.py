@@ -187,7 +187,7 @@ def test_a_config_of_the_whole_kind_is_bounded_by_its_file(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("kind", [torch.int64, torch.bool, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2])
 def test_numbers_of_another_kind_are_refused(kind: torch.dtype, tmp_path: Path) -> None:
-    model, path = written(tmp_path)
+    _, path = written(tmp_path)
     name = "blocks.1.mixer.D"
     with pytest.raises(BadArgument, match=f"{name} holds {str(kind).removeprefix('torch.')}"):
         models.load(changed(path, **{name: torch.ones(16).to(kind)}))

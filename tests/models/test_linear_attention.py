@@ -201,7 +201,7 @@ def test_a_checkpoint_comes_back(tmp_path: Any) -> None:
         ({"n_heads": 3}, "d_model=8 cannot be shared equally by n_heads=3"),
         ({"feature": "relu"}, 'feature="relu": there is identity, elu'),
         ({"d_mlp": -1}, "d_mlp=-1"),
-        ({"d_state": 0}, "features=0"),
+        ({"d_state": 0}, "d_state=0"),
     ],
 )
 def test_a_shape_that_cannot_be_is_refused(config: dict[str, Any], reason: str) -> None:

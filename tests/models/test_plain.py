@@ -286,7 +286,7 @@ def test_whatever_replaces_the_table_does_so_for_both_uses(architecture: str, tm
 
 def test_the_read_out_of_a_tied_model_cannot_be_freed_by_accident() -> None:
     model = language_model()
-    with pytest.raises(BadArgument, match="set embed.table.weight, or"):
+    with pytest.raises(BadArgument, match=r"set embed\.table\.weight, or"):
         model.head.linear.weight = nn.Parameter(torch.zeros(11, 8))
     with torch.no_grad():
         model.head.linear.weight *= 2

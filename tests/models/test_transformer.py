@@ -18,6 +18,7 @@ import hooks
 import models
 from hooks.errors import BadArgument
 from models import checkpoint
+from models.plain import tensors_of
 from models.transformer import boot, tidy
 from tests.small_transformer import bare_bridge, left_on, small
 from tests.tolerances import assert_matches
@@ -227,10 +228,10 @@ def test_refusals(x: Tensor) -> None:
 @pytest.mark.contract
 def test_a_checkpoint_is_the_same_model(tmp_path: Path, x: Tensor) -> None:
     model = small()
-    names = list(checkpoint.tensors_of(model))
+    names = list(tensors_of(model))
     assert "blocks.0.attn.q.weight" in names and "blocks.1.mlp.in.bias" in names and "ln_final.weight" in names
     assert not any("_original_component" in name or "mask" in name or "pos" in name for name in names)
-    assert sum(v.numel() for v in checkpoint.tensors_of(model).values()) == sum(p.numel() for p in model.parameters())
+    assert sum(v.numel() for v in tensors_of(model).values()) == sum(p.numel() for p in model.parameters())
     checkpoint.save(model, tmp_path / "t.safetensors", {"task": "none"})
     loaded = models.load(tmp_path / "t.safetensors")
     assert_close(loaded(x), model(x), rtol=0, atol=0)
