@@ -19,7 +19,8 @@ Estimand   (1) the lens: each block's residual stream at the query through the m
 Controls   the floor of the fit, by formula and of a feature drawn at random; the labels of another
            w or chain; the same architecture with random weights in the lens and the probes; shuffled
            targets and running sums in the probes; least squares (counting) on another w's labels
-           (chain's symbols) and the labels themselves in the matching; the lens after the last block against the model itself
+           (chain's symbols) and the labels themselves in the matching; the lens after the last block
+           against the model itself
 Not shown  whether what can be read is used (ablate_delta edits, this only reads); what a probe that
            is not linear could read; other trainings: the intervals are over prompts
 Cost       20 seconds with 256 prompts and 2 idle cores

@@ -122,9 +122,9 @@ def gdpp_path(
                       all inputs, the query too, become (I - γ A) x with the A of the current inputs
     form="once"       the inputs are transformed once, before the first step, as in arXiv 2402.03170
 
-    A has 1/k in it, so a γ for XᵀX is k times smaller; with the ``spectrum`` of sums A is XᵀX. ``rate=None`` is 2 / (λ_max + λ_min) of the current inputs,
-    ``gamma=None`` is 1 / (3 λ_max), the largest that keeps the eigenvalues in order. With both the path ends at least
-    squares.
+    A has 1/k in it, so a γ for XᵀX is k times smaller; with the ``spectrum`` of sums A is XᵀX. ``rate=None`` is
+    2 / (λ_max + λ_min) of the current inputs, ``gamma=None`` is 1 / (3 λ_max), the largest that keeps the eigenvalues
+    in order. With both the path ends at least squares.
     """
     asked = _asked(steps, y)
     one_of("form", form, ("iterated", "once"))

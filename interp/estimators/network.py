@@ -34,8 +34,8 @@ def mlp(
     released baseline of arXiv 2208.01066, but not of the curve that was released with its models: on
     that paper's ReLU networks (d = 20, 1280 prompts) this one has an error of 0.32 ± 0.02 after 40
     pairs and 0.171 ± 0.007 after 100, that curve 0.248 and 0.109, which more steps do not reach
-    either. arXiv 2402.03170 found 0.165 to 0.182 after 100 with the released code. Weights start uniform in ±1 / sqrt(fan in), drawn for each
-    prompt from ``seed`` and the same for every k.
+    either. arXiv 2402.03170 found 0.165 to 0.182 after 100 with the released code. Weights start
+    uniform in ±1 / sqrt(fan in), drawn for each prompt from ``seed`` and the same for every k.
 
     ks        only these numbers of examples; the other predictions are NaN. All unless given.
     workers   threads, one for each core unless given. Each trains the networks of many prompts side by

@@ -55,8 +55,8 @@ class Family:
     free      settings that somebody chose, counted ones too: of two that fit alike the one with fewer is named
     words     a row of settings as one says it
     predict   (settings, where) → predictions, fp64; a regression has one "symbol"
-    low, high   bounds of the fitted settings. At an end of its range an algorithm can turn into another (ridge of a huge
-                penalty is one step of descent, times a tiny number), which should have the name
+    low, high   bounds of the fitted settings. Far out an algorithm can turn into another (ridge of a huge penalty is
+                one step of descent, times a tiny number), which should have the name
     """
 
     name: str

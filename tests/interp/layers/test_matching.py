@@ -92,7 +92,7 @@ def test_an_algorithm_in_the_place_of_a_model_has_its_own_name_and_settings(
 def test_with_a_scale_and_a_shift_it_is_found_as_that_and_as_it_is_never_under_another_name(
     key: str, matched: dict[tuple[str, str], matching.Match]
 ) -> None:
-    """Some rescaled algorithms are other settings of themselves, which keeps the name. No label has a say in a scale."""
+    """Some rescaled algorithms are other settings of themselves, which keeps the name. No label is used."""
     match, own = matched[key, "2 p − 1"], PLANTED[key][2].split(" (")[0]
     assert match.as_it_is.name == matching.NONE, "a shift of 1 is none of these"
     best = match.named.best
