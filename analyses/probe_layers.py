@@ -59,6 +59,8 @@ NAMES = {
 DISTANCE = "distance: Σ (ŷ − algorithm)² ÷ Σ (ŷ − mean)²"
 NAMED = ("name", "said", "clear")
 NONE = "none of these"
+OFF = 3.3
+"""Largest distance that is drawn; a constant has 1."""
 FP32 = 1e-4
 """Largest difference between two fp32 paths of one function, relative to the largest value."""
 
@@ -419,14 +421,16 @@ def _draw_matches(axes: Any, by_k: Any, arrays: Mapping[str, Any], blocks: np.nd
         return
     names = [str(name) for name in arrays["match_families"]]
     for panel, x, key in ((axes, blocks, "match"), (by_k, 1 + np.arange(arrays["match_by_k"].shape[-1]), "match_by_k")):
-        drawn = {name: tuple(ends) for name, ends in zip(names, arrays[key], strict=True) if name != "zero"}
+        # Beyond the panel there is nothing to compare; the band of what diverges on one prompt would cover the rest.
+        shown = np.where(arrays[key][:, :1] > OFF, np.nan, arrays[key])
+        drawn = {name: tuple(ends) for name, ends in zip(names, shown, strict=True) if name != "zero"}
         positive = [float(mean[mean > 0].min()) for mean, *_ in drawn.values() if (mean > 0).any()]
         lowest = 0.5 * max(min(positive, default=1.0), 1e-7)
         draw.curves(panel, x, drawn, floor=lowest)
         fit = np.full(len(x), float(arrays["match_fit"]))
         draw.baseline(panel, x, np.ones(len(x)), "a constant")
         draw.baseline(panel, x, fit, "largest of a name", style=1)
-        named, room = None, (x[-1] - x[0]) / 40
+        named, room = None, (x[-1] - x[0]) / 30
         for at, name, said, clear in zip(x, *(arrays[f"{key}_{part}"] for part in NAMED), strict=True):
             # Many numbers of examples: named where it changes, and where there is room.
             if named is not None and (at - named[0] < room or (len(x) > 40 and named[1] == name)):
@@ -436,7 +440,7 @@ def _draw_matches(axes: Any, by_k: Any, arrays: Mapping[str, Any], blocks: np.nd
             mark = "* " if clear else "(*) " if name != NONE else ""
             place = {"rotation": 90, "ha": "center", "va": "bottom", "fontsize": 6}
             panel.text(at, lowest / 2500, f"{mark}{text}", **place)
-        panel.set_ylim(lowest / 4000, 3.3)
+        panel.set_ylim(lowest / 4000, OFF)
     axes.set_ylabel("distance: Σ (p̂ − algorithm)² ÷ Σ (p̂ − mean)²" if len(arrays["rivals"]) else DISTANCE)
     by_k.set_xlabel(f"examples seen, k (block {blocks[-1]}, each k alone)")
 

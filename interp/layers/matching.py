@@ -121,7 +121,8 @@ class Match:
     truth: Interval | None = None
 
 
-CONSTANT = Fit("a constant", "", Interval(*(np.array(np.nan) for _ in range(3)), n=0), 1)
+_NOTHING = np.array(np.nan)
+CONSTANT = Fit("a constant", "", Interval(_NOTHING, _NOTHING, _NOTHING, n=0), 1)
 """In the place of a match where predictions are the same for every prompt and k: there is nothing to explain."""
 
 
@@ -211,19 +212,22 @@ def _tried(
 
 
 def _entry(
-    name: str, order: int, scaled: bool, power: bool, forms: list[Family], tried: list[tuple[Tensor, ...]]
+    name: str, order: int, scaled: bool, power: bool, forms: list[Family], tried: Sequence[tuple[Tensor, ...]]
 ) -> _Entry:
     """The best form for each block and group."""
     settings, *rest = zip(*tried, strict=True)
     scale, shift, cost, guess = (torch.stack(part) for part in rest)
     which = cost.argmin(0)  # (block, group)
-    guess = torch.take_along_dim(guess, which[None, :, None, :, None], dim=0)[0]
-    scale, shift, cost = (torch.take_along_dim(part, which[None], dim=0)[0].numpy() for part in (scale, shift, cost))
+
+    def of_best(part: Tensor) -> NDArray[np.float64]:
+        return np.asarray(torch.take_along_dim(part, which[None], dim=0)[0].numpy())
+
     chosen = [
         [(forms[int(form)], settings[int(form)][block, group].tolist()) for group, form in enumerate(row)]
         for block, row in enumerate(which)
     ]
-    return _Entry(name, scaled, power, order, chosen, scale, shift, cost, guess)
+    predicted = torch.take_along_dim(guess, which[None, :, None, :, None], dim=0)[0]
+    return _Entry(name, scaled, power, order, chosen, of_best(scale), of_best(shift), of_best(cost), predicted)
 
 
 def _match(
@@ -233,8 +237,8 @@ def _match(
     mine = own[:, at]
     spread = (mine - mine.mean((0, 1), keepdim=True)).square().sum((1, 2)).numpy()
     if spread.sum() <= ROUNDING**2 * float(mine.square().sum()) or not spread.any():
-        verdict = Verdict(CONSTANT, fits=False)
-        return Match({}, {}, verdict, verdict)
+        nothing = Verdict(CONSTANT, fits=False)
+        return Match({}, {}, nothing, nothing)
     guesses = [entry.predicted[block][:, at] for entry in entries]
     compared = guesses if truth is None else [*guesses, truth[:, at]]
     miss = np.stack([(mine - guess).square().sum((1, 2)).numpy() for guess in compared], axis=1)

@@ -105,9 +105,7 @@ def candidates(task: Task, batch: Batch) -> Candidates:
 
     zero = known("zero", [torch.zeros_like(nothing)], [""], free=0)
     asked = [(name, depth, False) for depth, name in names.items()] + [("fading add-β", order, True)]
-    return Candidates(
-        (zero, *(family(*one, power=False) for one in asked)), tuple(family(*one, power=True) for one in asked)
-    )
+    return Candidates((zero, *(family(*one, False) for one in asked)), tuple(family(*one, True) for one in asked))
 
 
 @dataclass(frozen=True)

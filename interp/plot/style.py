@@ -12,8 +12,7 @@ from typing import Any
 
 import numpy as np
 import seaborn
-from cycler import cycler
-from matplotlib import style
+from matplotlib import cycler, style
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG

@@ -62,7 +62,8 @@ class _Run(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         operation, needed = ctx.operation, ctx.needs_input_grad[2:]
-        operands, saved = ctx.saved_tensors[: len(needed)], ctx.saved_tensors[len(needed) :]
+        kept = ctx.saved_tensors  # once: activation checkpointing gives each out a single time
+        operands, saved = kept[: len(needed)], kept[len(needed) :]
         if all(grad is None for grad in grads[: operation.outputs]):
             return (None,) * (2 + len(needed))
 

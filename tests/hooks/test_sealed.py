@@ -30,7 +30,7 @@ def refusal(read: Callable[[], Any]) -> str:
     with pytest.raises(Unreadable) as caught:
         read()
     message = str(caught.value)
-    assert "\n" not in message and len(message) < 400
+    assert "\n" not in message and len(message) < 800
     return message
 
 

@@ -44,6 +44,17 @@ def test_bootstrap_covers(level: float) -> None:
     assert away < 0.01
 
 
+@pytest.mark.parametrize("n", [5, 16])
+def test_of_few_prompts_the_interval_is_students(n: int) -> None:
+    """Of normal values the expanded percentile interval is as wide as Student's, up to the draws of the bootstrap."""
+    values = draws(n, 300, seed=n)
+    found = stats.bootstrap(values, n_boot=2000)
+    student = scipy.stats.t.ppf(0.975, n - 1) * values.std(axis=0, ddof=1) / n**0.5
+    normal = 1.96 * values.std(axis=0, ddof=1) / n**0.5
+    width = ((found.high - found.low) / 2).mean()
+    assert width > 0.9 * student.mean() and width > 1.03 * ((n - 1) / n) ** 0.5 * normal.mean()
+
+
 def test_paired_difference_covers_and_uses_the_pairing() -> None:
     simulations = 2000
     prompt = 10 * draws(400, simulations, seed=1)
