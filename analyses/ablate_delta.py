@@ -100,7 +100,7 @@ def run(config: Config) -> Result:
     import numpy as np
 
     import models
-    from interp import evaluate, provenance
+    from interp import evaluate, provenance, room
     from interp.ablation.effects import cells_of
     from interp.arguments import between, whole_number
     from interp.progress import progress
@@ -113,6 +113,11 @@ def run(config: Config) -> Result:
     between("channel_share", config.channel_share, 1e-6, 1.0)
     name = config.model or f"mamba-{config.task}"
     model, task = _open(name, config)
+    asked_for = {"prompts": count, "reference": other_count}
+    room.check(
+        *(room.prompts("ablate_delta", flag, number, task, [model]) for flag, number in asked_for.items()),
+        device=config.device,
+    )
     batch = evaluate.prompts(task, count, config.seed, "ablate")
     others = evaluate.prompts(task, other_count, config.seed, "reference")
     subject = _subject(name, model, task, batch, others)

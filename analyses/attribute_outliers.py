@@ -119,7 +119,7 @@ def run(config: Config) -> Result:
 
     import models
     from hooks.errors import BadArgument
-    from interp import provenance
+    from interp import provenance, room
     from interp.arguments import between, whole_number
     from interp.outliers.parts import GATED, Findings, gate_rows, used, why
     from interp.outliers.prompts import draw
@@ -132,6 +132,8 @@ def run(config: Config) -> Result:
     subjects = _open(config)
     count = QUICK[subjects.task.name] if config.quick else config.prompts
     whole_number("prompts", count, least=2)
+    part = room.prompts("attribute_outliers", "prompts", count, subjects.task, [subjects.model])
+    room.check(part, device=config.device)
     for layer in config.layers:
         if not 0 <= layer < len(subjects.model.blocks):
             raise BadArgument(f"there is no layer {layer}: {subjects.name} has {len(subjects.model.blocks)}")

@@ -93,7 +93,8 @@ def run(config: Config) -> Result:
     import numpy as np
 
     import models
-    from interp import provenance
+    from interp import provenance, room
+    from interp.arguments import whole_number
     from interp.progress import progress
     from interp.result import Result
     from interp.states import rows as state_rows
@@ -102,9 +103,11 @@ def run(config: Config) -> Result:
 
     names, loaded, task = _open(config)
     components = min(config.components, 12) if config.quick else config.components
+    prompts = QUICK if config.quick else whole_number("prompts", config.prompts, 2)
+    room.check(room.prompts("compare_states", "prompts", prompts, task, loaded), device=config.device)
     asked = plan(
         task,
-        QUICK if config.quick else config.prompts,
+        prompts,
         components=components,
         permutations=min(config.permutations, 60) if config.quick else config.permutations,
         reset=config.reset,

@@ -106,7 +106,7 @@ def run(config: Config) -> Result:
 
 def _measured(config: Config) -> tuple[str, All, list[str]]:
     """The model's name, everything that was measured, and what is left out."""
-    from interp import evaluate
+    from interp import evaluate, room
     from interp.arguments import whole_number
     from interp.features import rivals as feature_rivals
     from interp.features import study as feature_study
@@ -119,6 +119,7 @@ def _measured(config: Config) -> tuple[str, All, list[str]]:
     components = min(24, config.components) if config.quick else whole_number("components", config.components, 1)
     name, model, task = _open(config)
     subjects, notes = _subjects(config, name, model)
+    room.check(room.prompts("feature_learning", "prompts", prompts, task, [model]), device=config.device)
     # One thread each: many small pieces, at which several wait for each other longer than they work.
     with progress(len(subjects) + len(feature_rivals.FAMILIES) + 1, "feature_learning") as tick:
         with threads(1):

@@ -86,7 +86,7 @@ def run(config: Config) -> Result:
     began = time.perf_counter()
     import models
     from hooks.errors import BadArgument
-    from interp import cards, provenance
+    from interp import cards, provenance, room
     from interp.arguments import between, whole_number
     from interp.curves import errors as curves
     from interp.curves import published, rivals
@@ -112,6 +112,9 @@ def run(config: Config) -> Result:
             f"no numbers are published for {task.name} with {_options(task)}; there are some for: "
             + "; ".join(published.settings())
         )
+    most = max(found, key=lambda each: each.n_pairs * each.prompts)
+    part = room.prompts("learning_curves", "prompts", prompts, task, list(loaded.values()), most.n_pairs)
+    room.check(part, device=config.device)
     drawn: list[Drawn] = []
     with progress(len(loaded) + len(found), "learning_curves") as tick:
         jobs = [partial(curves.every, name, model, found, config.seed) for name, model in loaded.items()]

@@ -106,7 +106,7 @@ def run(config: Config) -> Result:
     import torch
 
     import models
-    from interp import provenance
+    from interp import provenance, room
     from interp.arguments import whole_number
     from interp.layers import lens
     from interp.layers import readings as layers
@@ -118,6 +118,12 @@ def run(config: Config) -> Result:
     m, queries = whole_number("m", config.m, lens.LEAST_M), whole_number("queries", config.queries, 1)
     prompts = QUICK if config.quick else whole_number("prompts", config.prompts, 32)
     subject = _subject(config)
+    asked_for = room.prompts("probe_layers", "prompts", prompts, subject.task, [subject.model])
+    query = room.of_sites(subject.model, 1) * room.QUERY
+    parts = [replace(asked_for, each=asked_for.each + queries * query)]
+    if queries > prompts:  # then it is they that are too many
+        parts = [asked_for, room.Part("queries", queries, prompts * query)]
+    room.check(*parts, device=config.device)
     # Side by side, no two may use the same model.
     second, third = (
         replace(subject, model=deepcopy(subject.model), untrained=deepcopy(subject.untrained)) for _ in range(2)

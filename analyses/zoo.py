@@ -60,7 +60,7 @@ def run(config: Config) -> Result:
     """
     began = time.perf_counter()
     import models
-    from hooks.errors import BadArgument
+    from hooks.errors import BadArgument, TooLarge
     from interp import grid, provenance
     from interp.arguments import usable_device, whole_number
     from interp.progress import progress
@@ -77,7 +77,7 @@ def run(config: Config) -> Result:
                 model = models.load(name)
                 member = bench.member(name, model.to(device))
             except BadArgument as reason:
-                if name not in bundled:
+                if name not in bundled or isinstance(reason, TooLarge):
                     raise
                 checks.append(Check(f"{name}: {reason}", 0.0, 1.0, False))
             else:

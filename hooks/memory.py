@@ -99,17 +99,17 @@ def check_memory(model: Any, tokens: Tensor, names: Sequence[str], max_memory: A
         small = sum(size for name, size in sizes.items() if name.rsplit(".", 1)[-1] not in big)
         if 0 < small < total and small <= limit:
             shown = ", ".join(sorted(big & {name.rsplit(".", 1)[-1] for name in sizes}))
-            advice = f"without the sites of the scan ({shown}) it is {_human(small)}"
+            advice = f"without the sites of the scan ({shown}) it is {human(small)}"
         else:
             advice = "ask for fewer sites, fewer prompts or a shorter input"
         raise TooLarge(
-            f"{len(names)} sites of {tokens.shape[0]} × {tokens.shape[1]} tokens take {_human(total)}, "
-            f"allowed are {_human(limit)} (max_memory): {advice}"
+            f"{len(names)} sites of {tokens.shape[0]} × {tokens.shape[1]} tokens take {human(total)}, "
+            f"allowed are {human(limit)} (max_memory): {advice}"
         )
     return total
 
 
-def _human(size: int | float) -> str:
+def human(size: int | float) -> str:
     for unit in ("B", "kB", "MB", "GB"):
         if size < 1000:
             return f"{size:.3g} {unit}"

@@ -12,7 +12,7 @@ from jaxtyping import Float
 
 from hooks.brief import brief
 from hooks.errors import BadArgument
-from interp import cards, evaluate, seeds, stats
+from interp import cards, evaluate, room, seeds, stats
 from interp.curves import rivals
 from interp.tasks import Task
 
@@ -90,6 +90,7 @@ class Bench:
     def member(self, name: str, model: Any) -> Member:
         """``model`` measured on fresh prompts of the task on its card."""
         task = cards.trained_task(name, model, str(model.card.get("task")))
+        room.check(room.prompts("zoo", "prompts", self.prompts, task, [model]))
         batch = task.sample(self.prompts, seeds.generator("probe", self.seed))
         ks = list(task.report_ks)
         last = set(ks) == {task.n_pairs - 1}

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from hooks import sealed
 from hooks.brief import brief
 from hooks.errors import BadArgument, NonFinite, RunFailed, told
-from interp import evaluate, tasks
+from interp import evaluate, room, tasks
 from interp.arguments import usable_device
 from interp.curves import rivals
 from interp.files import clear_parts, no_half, strict_json, writable_folder, write_whole
@@ -136,7 +136,7 @@ def train(
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng())
-        _rehearse(build_model, (task, *mix))
+        _rehearse(build_model, (task, *mix), config.batch_size // accelerator.num_processes)
         writable_folder(folder)
         if accelerator.is_main_process:
             with no_half(folder):
@@ -264,13 +264,14 @@ def mixed(task: Task, config: TrainConfig) -> tuple[Task, ...]:
 
 
 @torch.no_grad()
-def _rehearse(build_model: Callable[[], nn.Module], mix: Sequence[Task]) -> None:
-    """One forward on two prompts of each task: a model that does not fit is refused here.
+def _rehearse(build_model: Callable[[], nn.Module], mix: Sequence[Task], batch_size: int) -> None:
+    """One forward on two prompts of each task: a model that does not fit, or a batch, is refused here.
 
     Later would be too late: a folder that holds a recipe refuses the corrected one.
     """
     generator = torch.Generator().manual_seed(0)
     model = build_model()
+    room.check(room.prompts("train", "batch-size", batch_size, mix[0], [model]))
     for task in mix:
         task.training_loss(model, task.sample(2, generator), generator)
 
