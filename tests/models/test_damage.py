@@ -7,6 +7,8 @@ import json
 import os
 import random
 import struct
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +135,16 @@ def test_an_outline_filled_is_the_model(architecture: str, tmp_path: Path) -> No
     for part in (loaded, *beside):
         assert not any(value.is_meta for value in (*part.parameters(), *part.buffers()))
     assert list(loaded.state_dict()) == list(model.state_dict())
+
+
+@pytest.mark.slow
+def test_loading_does_not_import_a_compiler() -> None:
+    """torch's arithmetic on its meta device does, which takes seconds at every start."""
+    names = [name for name in models.names() if "transformer" not in name or name.startswith("linear")]
+    lines = f"import sys, models\nfor name in {names}: models.load(name)\nprint(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", lines], capture_output=True, text=True, check=True).stdout.split()
+    assert "torch._dynamo" not in loaded and "torch.fx.experimental.symbolic_shapes" not in loaded
+    assert "models.outline" in loaded
 
 
 def test_the_outline_of_a_model_leaves_a_fresh_s4_as_it_is() -> None:
