@@ -8,7 +8,8 @@ idiom (``nnsight(model).trace(x)``) work on the same models and give the same nu
 from hooks.edit import DoState, Edit, add, do_state, freeze, mean, resample, scale, set_to, zero
 from hooks.errors import BadArgument, DidNotFire, MambascopeError, NonFinite, RunFailed, TooLarge, UnknownSite
 from hooks.intervene import Edited, edit, expose
-from hooks.point import HookedModule, emit, site, watched
+from hooks.onlookers import watched
+from hooks.point import HookedModule, emit, site
 from hooks.record import Record, record
 from hooks.show import show
 from hooks.sites import SITES, Site, resolve, sites

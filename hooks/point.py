@@ -1,26 +1,25 @@
 """HookPoint and HookedModule: TransformerLens' classes, with what they leave silent made loud.
 
-This is the one file of ``hooks/`` that imports TransformerLens. It adds to ``HookedRootModule``:
+What is added to ``HookedRootModule``:
 
 * names that match nothing raise :class:`UnknownSite` in every entry point (``hooks``, ``add_hook``,
   ``run_with_hooks``, ``run_with_cache``, ``get_caching_hooks``, ``add_caching_hooks``), and a hook or a cache whose
   site never fires raises :class:`DidNotFire`;
 * ``run_with_cache`` returns an ``ActivationCache``, takes ``fwd_hooks`` and ``bwd_hooks``, slices positions
   on each site's own axis (``pos_slice``) and refuses what would not fit in memory (``max_memory``);
-* :func:`watched` tells a mixer whether its 4-D tensors are wanted, and :func:`emit` calls a point and conforms
-  what comes out to the site's shape, because a compiled scan does not check shapes.
+* :func:`emit` calls a point and conforms what comes out to the site's shape, because a compiled scan does not check
+  shapes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 from transformer_lens import HookedRootModule
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.utilities.slice import Slice
@@ -31,6 +30,7 @@ from hooks.finite import check_divisor, note
 from hooks.gradients import check_gradient, trace
 from hooks.inputs import no_gradients, readable
 from hooks.memory import check_memory
+from hooks.onlookers import state_edits, watched
 from hooks.placed import Placed, owner, unsplit, whole
 from hooks.recompute import in_backward, passed
 from hooks.sites import HEAD_OUT, SITES, Pattern, resolve
@@ -155,78 +155,6 @@ def _conformed(out: Any, value: Tensor, name: str) -> Tensor:
 
 def _contiguous(gradient: Tensor | None) -> Tensor | None:
     return None if gradient is None else gradient.contiguous()
-
-
-def watched(*points: nn.Module) -> bool:
-    """Whether calling any of ``points`` would do more than return its argument.
-
-    True for torch hooks of any kind (so for TransformerLens and captum), global module hooks, another class in
-    the slot, ``hooks.expose``, a propagating edit, and a running nnsight trace that is parked on the point or
-    caches it. Anything not recognised counts as watched: slow and right. nnsight's case is exact because its
-    workers take turns with the forward: whoever will be served at a 4-D point is already parked on one, or is
-    woken by one that is. (Asked this way because a flag set by ``add_hook`` misses torch hooks, captum and
-    copies, and never goes off.)
-    """
-    return _any_global() or any(_is_watched(point) for point in points)
-
-
-def only_read(point: nn.Module) -> bool:
-    """Whether nothing is on ``point`` but hooks that promise to change nothing (those of ``hooks.record``).
-
-    Anything not recognised counts as a writer.
-    """
-    return not _any_global() and not _is_watched(point, getattr(point, "readers", ()))
-
-
-def plain_linear(module: nn.Module) -> bool:
-    """Whether calling ``module`` does no more than multiply by its weight and add its bias.
-
-    Asked and answered as in :func:`watched`; a subclass counts as more.
-    """
-    return type(module) is nn.Linear and not _any_global() and not _is_watched(module, forward=nn.Linear.forward)
-
-
-def state_edits(point: nn.Module) -> list[Any]:
-    """The propagating edits of ``hooks.edit`` on a ``hook_state`` point; none where another module is in its slot."""
-    return getattr(point, "interrupts", [])
-
-
-def _any_global() -> bool:
-    return bool(
-        torch_module._global_forward_hooks
-        or torch_module._global_forward_pre_hooks
-        or torch_module._global_backward_hooks
-        or torch_module._global_backward_pre_hooks
-    )
-
-
-def _is_watched(point: nn.Module, but_by: Collection[int] = (), forward: Any = HookPoint.forward) -> bool:
-    """``but_by``: identifiers of forward hooks that do not count. ``forward``: what an unwatched one would run."""
-    if type(point).forward is not forward:
-        return True
-    own = point.__dict__
-    if own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
-        return True
-    if any(hook not in but_by for hook in own["_forward_hooks"]):
-        return True
-    if own.get("exposed") or own.get("interrupts"):
-        return True
-    replaced = own.get("forward")
-    return replaced is not None and _traced(replaced, forward)
-
-
-def _traced(replaced: Any, forward: Any) -> bool:
-    """Whether an instance ``forward`` is anything but an nnsight controller with nobody waiting."""
-    try:
-        state = replaced.state
-        if state.sourced or state.body is not forward:
-            return True
-        interleaver, _, locations = state.active()
-        if interleaver is None:
-            return False
-        return any(place in interleaver.parked or interleaver.observers.get(place) for place in locations)
-    except (AttributeError, TypeError, ValueError):
-        return True
 
 
 class HookedModule(HookedRootModule):

@@ -14,8 +14,9 @@ from hooks.errors import BadArgument, DidNotFire
 from hooks.gradients import watch_gradient
 from hooks.inputs import gradients_can_be, readable
 from hooks.memory import check_memory
+from hooks.onlookers import watched
 from hooks.placed import Placed, opened, unsplit
-from hooks.point import HookedModule, watched, why_silent
+from hooks.point import HookedModule, why_silent
 from hooks.sites import Pattern, resolve
 from hooks.transforms import active
 

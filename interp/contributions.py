@@ -25,7 +25,7 @@ from hooks.edit import Edit, Index
 from hooks.errors import BadArgument, told
 from hooks.gradients import refuse_gradients
 from hooks.inputs import gradients_can_be, readable
-from hooks.point import watched
+from hooks.onlookers import watched
 from interp.inside import Inside, inside_of, taps_of
 from interp.progress import followed
 from interp.recurrence import Inner, Recurrence, edited, mixer_of, observe, picked

@@ -26,7 +26,7 @@ import hooks
 from hooks.edit import Edit, derangement
 from hooks.errors import BadArgument, told
 from hooks.inputs import readable
-from hooks.point import state_edits
+from hooks.onlookers import state_edits
 from hooks.precision import exact
 from hooks.propagate import StateEdit
 from hooks.sites import points

@@ -33,7 +33,7 @@ import hooks
 from hooks.brief import brief
 from hooks.edit import Edit, Index
 from hooks.errors import BadArgument, told
-from hooks.point import state_edits, watched
+from hooks.onlookers import state_edits, watched
 from hooks.sites import points
 
 Inner = Float[Tensor, "batch pos d_inner"]

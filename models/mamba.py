@@ -42,7 +42,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hooks.errors import BadArgument, unknown
-from hooks.point import emit, only_read, plain_linear, site, state_edits, watched
+from hooks.onlookers import only_read, plain_linear, state_edits, watched
+from hooks.point import emit, site
 from hooks.precision import exact
 from models.recurrence import rate, recurrence
 from models.scan import convolution, decays, kernel, selective_scan, selective_scan_states, selective_states

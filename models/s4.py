@@ -44,7 +44,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hooks.errors import BadArgument
-from hooks.point import emit, only_read, site, state_edits, watched
+from hooks.onlookers import only_read, state_edits, watched
+from hooks.point import emit, site
 from hooks.precision import exact
 from hooks.transforms import active
 from models.recurrence import rate, recurrence

@@ -35,7 +35,8 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from hooks.point import emit, site, state_edits, watched
+from hooks.onlookers import state_edits, watched
+from hooks.point import emit, site
 from hooks.precision import exact
 from hooks.transforms import everywhere
 from models.recurrence import rate, recurrence

@@ -36,7 +36,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hooks.errors import BadArgument
-from hooks.point import emit, site, state_edits, watched
+from hooks.onlookers import state_edits, watched
+from hooks.point import emit, site
 from hooks.precision import exact
 from models.recurrence import recurrence
 from models.s4 import initial_state

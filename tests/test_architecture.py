@@ -37,7 +37,7 @@ PACKAGES = tuple(ARROWS)
 
 # Libraries with a door: the only files of ours that import them.
 DOORS = {
-    "transformer_lens": ("hooks/point.py", "hooks/cache.py", "models/transformer.py"),
+    "transformer_lens": ("hooks/point.py", "hooks/onlookers.py", "hooks/cache.py", "models/transformer.py"),
     "nnsight": ("hooks/*",),
     "transformers": ("models/pretrained.py",),
     "seaborn": ("interp/plot/*",),
@@ -262,13 +262,7 @@ def reasons(source: Source) -> Iterator[str]:
     """A test that is skipped, or expected to fail, says why."""
     if not source.path.startswith("tests/"):
         return
-    takes = {
-        "skip": 0,
-        "exit": 0,
-        "skipif": 1,
-        "xfail": 1,
-        "importorskip": 2,
-    }  # position of the reason
+    takes = {"skip": 0, "exit": 0, "skipif": 1, "xfail": 1, "importorskip": 2}  # position of the reason
     called: set[int] = set()
     for node in ast.walk(source.tree):
         if isinstance(node, ast.Call):

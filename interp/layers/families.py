@@ -66,8 +66,8 @@ class Family:
     free: int
     words: Callable[[Sequence[float]], str]
     predict: Callable[[Settings, Where], Predictions]
-    low: Float[Tensor, " fitted"] = field(default_factory=lambda: torch.empty(0, dtype=torch.float64))
-    high: Float[Tensor, " fitted"] = field(default_factory=lambda: torch.empty(0, dtype=torch.float64))
+    low: Float[Tensor, " fitted"] = field(default_factory=lambda: torch.empty(0, dtype=torch.float64, device="cpu"))
+    high: Float[Tensor, " fitted"] = field(default_factory=lambda: torch.empty(0, dtype=torch.float64, device="cpu"))
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ def _rounder(of: iterative.Spectrum, form: str) -> Callable[[Settings, Where], P
             return _filtered(part, (1 - eta * part.values * (1 - gamma * part.values).square()) ** count)
         values, missing = part.values[None], torch.ones_like(part.values)[None]
         for step in range(int(count.max())):
-            factor = (1 - eta * values).where(step < count, torch.ones(()).to(values))
+            factor = (1 - eta * values).where(step < count, values.new_ones(()))
             missing = (missing * factor).clamp(-LARGEST, LARGEST)
             values = (values * (1 - gamma * values).square()).clamp(max=LARGEST)
         return _filtered(part, missing)
@@ -198,13 +198,13 @@ def _online(
         keep = torch.exp(-flat[:, 1]) if width > 1 else torch.ones_like(flat[:, 0])
         both = torch.stack([flat[:, 0], keep], dim=1)
         path = iterative.online_pass(x[where.prompts], y[where.prompts], both).unflatten(0, (start, group))
-        each = torch.arange(len(where.ks)) if group > 1 else torch.zeros_like(where.ks)
+        each = torch.arange(len(where.ks), device=where.ks.device) if group > 1 else torch.zeros_like(where.ks)
         return path[:, each, :, where.ks].permute(1, 2, 0)[..., None]
 
     def labels(settings: Settings, where: Where) -> Predictions:
         inputs, given = x[where.prompts], y[where.prompts]
         rate, decay = settings[..., 0], settings[..., 1]
-        ages = where.ks[:, None] - 1 - torch.arange(x.shape[1])
+        ages = where.ks[:, None] - 1 - torch.arange(x.shape[1], device=x.device)
         seen = (ages >= 0).to(x.dtype)
         kernel = einsum(inputs[:, where.ks], inputs, "b k i, b j i -> b k j") * given[:, None]
         weight = torch.exp(-decay[..., None] * ages.clamp(min=0)) * seen  # (start, k, j) or (start, 1 → k, j)
@@ -235,13 +235,13 @@ def known(
     """A family of predictions that are there already: its one setting is which of them."""
     table = torch.stack(list(predictions))
     table = table if table.ndim > 3 else table[..., None]
-    taken = torch.arange(len(table)) if counts is None else torch.tensor(list(counts))
+    taken = torch.tensor(list(range(len(table)) if counts is None else counts), device="cpu")
     index = {int(row): i for i, row in enumerate(taken)}
 
     def predict(settings: Settings, where: Where) -> Predictions:
         which = settings[..., 0].long().apply_(lambda row: index[row])
         chosen = table[:, where.prompts][:, :, where.ks]
-        return chosen[which.expand(-1, len(where.ks)), :, torch.arange(len(where.ks))].transpose(1, 2)
+        return chosen[which.expand(-1, len(where.ks)), :, torch.arange(len(where.ks), device="cpu")].transpose(1, 2)
 
     column = None if counts is None else 0
     return Family(name, taken.double()[:, None], (), column, free, lambda row: words[index[int(row[0])]], predict)
@@ -274,13 +274,13 @@ T = TypeVar("T", int, float)
 
 def rows(*columns: Sequence[T]) -> Float[Tensor, "start setting"]:
     """Every combination, the first column slowest."""
-    return torch.tensor(list(product(*columns)), dtype=torch.float64)
+    return torch.tensor(list(product(*columns)), dtype=torch.float64, device="cpu")
 
 
 def around(*columns: Sequence[float]) -> tuple[Tensor, Tensor]:
     """Bounds of each column: a tenth of its smallest start, ten times its largest."""
     return tuple(  # type: ignore[return-value]
-        torch.tensor([factor * end(column) for column in columns], dtype=torch.float64)
+        torch.tensor([factor * end(column) for column in columns], dtype=torch.float64, device="cpu")
         for factor, end in ((0.1, min), (10.0, max))
     )
 

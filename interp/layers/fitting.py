@@ -108,7 +108,7 @@ def _fit(
     if not columns:
         return settings, cost
     damping = torch.full_like(cost, 1e-3)
-    eye = torch.eye(len(columns), dtype=cost.dtype)
+    eye = torch.eye(len(columns), dtype=cost.dtype, device=cost.device)
     for _ in range(rounds):
         # Backwards, so that a setting at its upper bound has a slope too; at its lower one it has none, and stays.
         slopes = [((now - left(moved(settings, -STRIDE * row))) / STRIDE).nan_to_num(0.0, 0.0, 0.0) for row in eye]

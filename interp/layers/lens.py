@@ -134,8 +134,8 @@ def along(model: Any, batch: Batch, chunk: int = 256) -> Residuals:
 
 @torch.no_grad()
 def through_head(model: Any, residual: Residuals) -> Float[Tensor, "block batch query d_out"]:
-    """head(norm(r)) of the model itself, or head(r) where it has no norm, in at least fp32; exactly its output after the
-    last block.
+    """head(norm(r)) of the model itself, or head(r) where it has no norm, in at least fp32; after the last block exactly
+    its output.
     """
     norm = getattr(model, "ln_final", lambda r: r)
     made = torch.stack([model.head(norm(r)) for r in residual])

@@ -138,7 +138,7 @@ class _Counted:
         """How often each symbol has come at the examples of ``where``; j symbols ago counts e^(−decay (j − 1))."""
         if decay is None:
             return self.total[where.prompts][None, :, where.ks]
-        ages = (where.ks[:, None] - 1 - torch.arange(self.symbol.shape[1])).clamp(min=0)
+        ages = (where.ks[:, None] - 1 - torch.arange(self.symbol.shape[1], device=self.symbol.device)).clamp(min=0)
         follows, symbol = self.follows[where.prompts][:, where.ks].double(), self.symbol[where.prompts]
         weight = torch.exp(-decay[..., None] * ages)
         # One start at a time: together they hold a matrix of examples for each prompt and start.

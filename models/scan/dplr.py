@@ -243,7 +243,7 @@ def legs(d_state: int) -> System:
     Where torch's default device is "meta", of the right shape without a number in it.
     """
     if torch.get_default_device().type == "meta":
-        nothing = torch.empty(1, d_state, dtype=torch.complex128)
+        nothing = torch.empty(1, d_state, dtype=torch.complex128, device="meta")
         return System(nothing, nothing, nothing)
     return _legs(d_state)
 

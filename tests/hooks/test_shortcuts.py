@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 import hooks
-from hooks.point import only_read, plain_linear
+from hooks.onlookers import only_read, plain_linear
 
 LAYER = "blocks.1.mixer."
 
