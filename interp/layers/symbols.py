@@ -88,7 +88,7 @@ def candidates(task: Task, batch: Batch) -> Candidates:
     counted = {depth: _Counted.of(batch.y, symbols, depth) for depth in range(order + 2)}
     names = {0: "frequencies", **{depth: f"add-β, order {depth}" for depth in range(1, order + 2)}}
 
-    def family(name: str, depth: int, fades: bool, power: bool) -> Family:
+    def family(name: str, depth: int, fades: bool, *, power: bool) -> Family:
         def predict(settings: Settings, where: Where) -> Predictions:
             counts = counted[depth].before(where, settings[..., 1] if fades else None) + settings[:, None, :, :1]
             p = (1 - switch) * counts / counts.sum(-1, keepdim=True)
@@ -105,7 +105,8 @@ def candidates(task: Task, batch: Batch) -> Candidates:
 
     zero = known("zero", [torch.zeros_like(nothing)], [""], free=0)
     asked = [(name, depth, False) for depth, name in names.items()] + [("fading add-β", order, True)]
-    return Candidates((zero, *(family(*one, False) for one in asked)), tuple(family(*one, True) for one in asked))
+    own, scaled = ([family(*one, power=power) for one in asked] for power in (False, True))
+    return Candidates((zero, *own), tuple(scaled))
 
 
 @dataclass(frozen=True)

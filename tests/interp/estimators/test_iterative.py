@@ -151,6 +151,29 @@ def test_one_step_from_zero_is_averaging_times_the_rate() -> None:
     torch.testing.assert_close(label, 0.3 * average * torch.arange(9))
 
 
+@pytest.mark.definition
+def test_over_sums_a_rate_and_a_gamma_are_k_times_as_large() -> None:
+    """w ← w − η (XᵀX w − Xᵀy), the gradient of the sum of squares; GD++ with γ for XᵀX."""
+
+    def solve(x: Vector, y: Vector, query: Vector, steps: int) -> float:
+        w = np.zeros(x.shape[1])
+        for _ in range(steps):
+            w = w - 0.02 * x.T @ (x @ w - y)
+        return float(w @ query)
+
+    x, y = noisy()
+    pairs = tasks.Batch(x, y, torch.tensor([0]), torch.tensor([0] * 9), x, y, {})
+    for steps in (1, 2, 5):
+        found = estimators.build("gd", steps=steps, rate=0.02, over="sums")(pairs)
+        np.testing.assert_allclose(found.numpy(), by_loop(x, y, steps, solve)[-1], rtol=1e-9, atol=1e-10)
+        summed = estimators.build("gdpp", steps=steps, rate=0.02, gamma=0.01, over="sums")(pairs)
+        for k in (2, 8):
+            means = estimators.build("gdpp", steps=steps, rate=0.02 * k, gamma=0.01 * k)(pairs)
+            torch.testing.assert_close(summed[:, k], means[:, k], rtol=1e-9, atol=1e-10)
+    with pytest.raises(BadArgument, match="over"):
+        estimators.build("gd", steps=1, over="products")
+
+
 @pytest.mark.law
 def test_newton_doubles_its_digits_at_each_step_and_descent_does_not() -> None:
     """One direction only, so that the prediction's error is the missing share itself: r ← r² against r ← q r."""
