@@ -43,7 +43,7 @@ def unsplit(function: F) -> F:
         _deliver(sys._getframe(1))
         return result
 
-    _UNSPLIT.update((call.__code__, inspect.unwrap(function).__code__))
+    _UNSPLIT.add(inspect.unwrap(function).__code__)
     return cast(F, call)
 
 
@@ -165,14 +165,19 @@ class Owner:
                 "every thread; give each thread a copy (copy.deepcopy(model)), or wait for the end of its with block"
             )
 
+    def tidy(self) -> None:
+        """Take off what a thread has left that was stopped where it was."""
+        with self.lock:
+            if self.thread is not None and not self.thread.is_alive():
+                for left in reversed(self.placed.copy()):
+                    left.close()
+
     def take(self, placed: Placed) -> None:
         """The thread that this is called from has something on the model from now on."""
         with self.lock:
             self.check("hooked")
             _check_runs(placed.model)
-            if self.thread is not threading.current_thread():
-                for left in reversed(self.placed.copy()):  # by a thread that was stopped where it was
-                    left.close()
+            self.tidy()
             self.thread = threading.current_thread()
             self.placed.append(placed)
 
@@ -207,6 +212,7 @@ def run_alone(model: Any, run: Callable[[], T]) -> T:
     held = owner(model)
     if held.thread is not None and not in_backward():
         held.check("run")
+        held.tidy()
     return run()
 
 

@@ -358,7 +358,7 @@ def test_freezing_the_first_token_of_a_chunk_keeps_the_state_that_came_in(make: 
     model = make()
     _, state = model(x[:, :4], return_state=True)
     for edits in ([{STATE: hooks.freeze(pos=0)}], [{STATE: torch.clone}, {STATE: hooks.freeze(pos=0)}]):
-        with hooks.edit(model, edits):
+        with hooks.edit(model, edits, positions="run"):
             found = hooks.record(model, x[:, 4:], STATE, state=state)
         torch.testing.assert_close(found[STATE][:, 0], state[1].h, rtol=0, atol=0)
 
