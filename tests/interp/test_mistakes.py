@@ -113,9 +113,12 @@ def test_a_compiled_model_answers_as_the_one_inside(verb: str) -> None:
 
 
 @pytest.mark.parametrize("verb", ["record", "patch", "swap", "integrated gradients"])
-def test_a_model_that_accelerate_has_prepared_answers(verb: str) -> None:
+def test_a_model_that_accelerate_has_prepared_answers(verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
+    # A process has one precision for all that it prepares, which other tests have chosen or will choose.
+    monkeypatch.setattr(AcceleratorState, "_shared_state", {})
     model, (batch, other) = tiny("mamba"), batches()
     expected = VERBS[verb](model, batch, other)
     prepared = Accelerator(cpu=True, mixed_precision="bf16").prepare_model(model, evaluation_mode=True)
