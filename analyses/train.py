@@ -89,7 +89,8 @@ class Config:
     json: bool = False
     "Print the card of the finished model as JSON."
 
-    __post_init__ = cli.listed
+    def __post_init__(self) -> None:
+        cli.listed(self)
 
 
 def run(config: Config) -> Trained:

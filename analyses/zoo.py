@@ -49,7 +49,8 @@ class Config:
     json: bool = False
     "Print result.json instead of the table."
 
-    __post_init__ = cli.listed
+    def __post_init__(self) -> None:
+        cli.listed(self)
 
 
 def run(config: Config) -> Result:

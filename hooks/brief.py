@@ -6,7 +6,6 @@ import dataclasses
 import re
 import typing
 from collections.abc import Iterable, Mapping
-from functools import lru_cache
 from typing import Any
 
 from hooks.errors import told
@@ -73,7 +72,6 @@ def _sized(axes: str, shape: tuple[int, ...]) -> str:
     )
 
 
-@lru_cache
 def _axes(kind: Any) -> dict[str, str]:
     """The axes in the annotation of each field, as jaxtyping has them; none where it cannot be read."""
     try:

@@ -62,7 +62,7 @@ class _Usage(Exception):
 
 
 def listed(config: Any) -> None:
-    """The ``__post_init__`` of a ``Config``: what is given alone to a field of several is one of them.
+    """For the ``__post_init__`` of a ``Config``: what is given alone to a field of several is one of them.
 
     ``Config(models="mamba-linreg")`` in a notebook would otherwise walk through the letters.
     """
