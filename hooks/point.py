@@ -114,7 +114,7 @@ def emit(point: nn.Module, value: Tensor, *, shared: bool = False) -> Tensor:
     """
     if not watched(point):
         if in_backward():
-            passed(point, False, _is_watched)
+            passed(point, False)
         if getattr(point, "divides", False):
             check_divisor(point, value)
         return value
@@ -130,7 +130,7 @@ def emit(point: nn.Module, value: Tensor, *, shared: bool = False) -> Tensor:
     if out is not value:
         out = _conformed(out, value, getattr(point, "listed", None) or getattr(point, "name", None) or "a hook point")
     if changed or in_backward():
-        passed(point, changed, _is_watched)
+        passed(point, changed)
     if changed or "forward" in point.__dict__:
         note(point, out)
     if getattr(point, "divides", False):

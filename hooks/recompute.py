@@ -9,7 +9,7 @@ and compared when the part is run again.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch.utils.checkpoint
 from torch.autograd.function import FunctionCtx
 
 from hooks.errors import RunFailed
+from hooks.onlookers import watched
 
 _FILE = torch.utils.checkpoint.__file__
 
@@ -46,8 +47,8 @@ def begin() -> None:
             notes.runs.append(set())
 
 
-def passed(point: Any, changed: bool, hooked: Callable[[Any], bool]) -> None:
-    """A value went through ``point``, and whether it was changed there; ``hooked`` says whether a point has hooks now.
+def passed(point: Any, changed: bool) -> None:
+    """A value went through ``point``, and whether it was changed there.
 
     Raises :class:`RunFailed` where this part of the run is made again and was not changed at the same points before.
     """
@@ -62,7 +63,7 @@ def passed(point: Any, changed: bool, hooked: Callable[[Any], bool]) -> None:
             raise RunFailed(_told(point, "was not there"))
         # Also those that are not passed this time: without an edit of the state nobody forms it.
         for other in before:
-            if (other is point and not changed) or not hooked(other):
+            if (other is point and not changed) or not watched(other):
                 raise RunFailed(_told(other, "was there"))
 
 

@@ -134,8 +134,9 @@ def along(model: Any, batch: Batch, chunk: int = 256) -> Residuals:
 
 @torch.no_grad()
 def through_head(model: Any, residual: Residuals) -> Float[Tensor, "block batch query d_out"]:
-    """head(norm(r)) of the model itself, or head(r) where it has no norm, in at least fp32; after the last block exactly
-    its output.
+    """head(norm(r)) of the model itself, or head(r) where it has no norm, in at least fp32.
+
+    After the last block it is exactly the model's output.
     """
     norm = getattr(model, "ln_final", lambda r: r)
     made = torch.stack([model.head(norm(r)) for r in residual])
