@@ -60,9 +60,11 @@ def push(function: Callable[..., Any], operands: Operands, tangents: Operands) -
         place = dict(zip(moving, values, strict=True))
         return function(*(place.get(k, tensor) for k, tensor in enumerate(operands)))
 
-    outputs, back = torch.func.vjp(of_moving, *(operands[k] for k in moving))
+    # Its type says three where there may be two.
+    both: Any = torch.func.vjp(of_moving, *(operands[k] for k in moving))
+    outputs, back = both
     # Any gradient of the outputs would do; one of zeros would meet the rule that a zero wins over inf.
     ones = torch.ones_like(outputs) if isinstance(outputs, Tensor) else tuple(map(torch.ones_like, outputs))
-    _, forth = torch.func.vjp(back, ones)
-    (found,) = forth(tuple(tangents[k] for k in moving))
+    both = torch.func.vjp(back, ones)
+    (found,) = both[1](tuple(tangents[k] for k in moving))
     return found

@@ -39,7 +39,7 @@ def refuse_gradients(
     gradients: Mapping[str, Tensor], model: Any, x: Tensor, number: Callable[[Any], Tensor], **model_kwargs: Any
 ) -> None:
     """Raise :class:`NonFinite`, as :func:`trace`, where one of ``gradients`` (in firing order) holds NaN or inf."""
-    for name, gradient in reversed(gradients.items()):
+    for name, gradient in reversed(list(gradients.items())):
         try:
             check_gradient(gradient, name)
         except NonFinite as error:

@@ -53,7 +53,7 @@ def whole(function: Callable[P, Iterator[T]]) -> Callable[P, AbstractContextMana
 
     @functools.wraps(function)
     def make(*args: P.args, **kwargs: P.kwargs) -> AbstractContextManager[T]:
-        return _Whole(function, args, kwargs)
+        return _Whole(function, args, kwargs)  # type: ignore[arg-type]
 
     return make
 

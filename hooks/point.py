@@ -72,9 +72,9 @@ class _Conforming:
     def __init__(self, hook: Hook) -> None:
         self.hook = hook
 
-    def __call__(self, value: Tensor, hook: Any) -> Any:
-        out = self.hook(value, hook=hook)
-        return None if out is None else _conformed(out, value, hook.name)
+    def __call__(self, tensor: Tensor, *, hook: Any) -> Any:
+        out = self.hook(tensor, hook=hook)
+        return None if out is None else _conformed(out, tensor, hook.name)
 
 
 def site(kind: str, *, parts: int = 1, axes: tuple[str, ...] | None = None) -> Point:
@@ -204,7 +204,7 @@ class HookedModule(HookedRootModule):
                 getattr(point, "interrupts", []).clear()
 
     @whole
-    def hooks(
+    def hooks(  # type: ignore[override]
         self,
         fwd_hooks: HookList = (),
         bwd_hooks: HookList = (),

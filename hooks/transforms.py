@@ -77,7 +77,8 @@ def translated(function: Callable[..., Any], *tensors: Tensor | None) -> Any:
     torch._C._vmapmode_decrement_nesting()
     # The size would be that of a tensor that is not one of many; there is none here.
     whole = [
-        torch._remove_batch_dim(t, level, 0, 0) if of_many else t for t, of_many in zip(tensors, many, strict=True)
+        torch._remove_batch_dim(t, level, 0, 0) if of_many else t  # type: ignore[arg-type]
+        for t, of_many in zip(tensors, many, strict=True)
     ]
     dims = tuple(0 if of_many else None for of_many in many)
     absent: list[int] = []

@@ -312,6 +312,6 @@ def _repeated(state: Any, count: int) -> Any:
     if isinstance(state, (list, tuple)):
         repeated = type(state)(_repeated(part, count) for part in state)
         if hasattr(state, "seen"):  # how many tokens it has seen, by which edits count positions
-            repeated.seen = state.seen  # type: ignore[attr-defined]
+            repeated.seen = state.seen  # type: ignore[union-attr]
         return repeated
     return state

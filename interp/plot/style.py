@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 import seaborn
-from matplotlib import cycler, style
+from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.rcsetup import cycler
 
 from interp.plot.outside import mark_outside
 

@@ -403,7 +403,7 @@ def _copy(state: Any) -> Any:
     if isinstance(state, (list, tuple)):
         copied = type(state)(_copy(part) for part in state)
         if hasattr(state, "seen"):  # how many tokens it has seen, by which edits count positions
-            copied.seen = state.seen  # type: ignore[attr-defined]
+            copied.seen = state.seen  # type: ignore[union-attr]
         return copied
     if isinstance(state, dict):
         return {key: _copy(part) for key, part in state.items()}

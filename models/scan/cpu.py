@@ -130,13 +130,13 @@ def _run_selective(operands: Operands, keep: bool) -> tuple[Tensor, ...]:
 
 
 def _pull_selective(operands: Operands, saved: Operands, grads: Operands) -> tuple[Tensor, ...]:
-    return _Selective(*operands).backward(*saved, g_y=grads[0], g_last=grads[1])  # type: ignore[arg-type]
+    return _Selective(*operands).backward(*saved, g_y=grads[0], g_last=grads[1])  # type: ignore[arg-type, misc]
 
 
 def _run_states(operands: Operands, keep: bool) -> tuple[Tensor, ...]:
     """All states, and those at chunk starts."""
     *others, h0 = operands
-    kernel = _Selective(*others, None, h0)  # type: ignore[arg-type]
+    kernel = _Selective(*others, None, h0)  # type: ignore[arg-type, call-arg]
     states = pages.empty((*kernel.like.shape, kernel.d_state), kernel.like.dtype)
     _, saved = kernel.forward(keep=keep, states=states)
     return states, saved
@@ -144,7 +144,7 @@ def _run_states(operands: Operands, keep: bool) -> tuple[Tensor, ...]:
 
 def _pull_states(operands: Operands, saved: Operands, grads: Operands) -> tuple[Tensor, ...]:
     *others, h0 = operands
-    found = _Selective(*others, None, h0).backward(*saved, g_states=grads[0])  # type: ignore[arg-type]
+    found = _Selective(*others, None, h0).backward(*saved, g_states=grads[0])  # type: ignore[arg-type, call-arg, misc]
     return *found[:5], found[6]
 
 
