@@ -27,13 +27,14 @@ SCAN = ("hook_decay", "hook_transition", "hook_write", "hook_state")
 @dataclass(frozen=True)
 class Held:
     """Multiples of what one prompt has at the sites of the models together, of its own tensors, and bytes of each pair
-    of prompts for each layer of one model; ``fixed`` is a multiple of the sites that is held whatever is asked for.
+    of prompts for each layer of one model. Whatever is asked for, ``fixed`` times the sites and ``base`` bytes are held.
     """
 
     sites: float = 0.0
     own: float = 0.0
     pair: float = 0.0
     fixed: float = 0.0
+    base: float = 0.0
 
 
 HELD = {
@@ -41,9 +42,9 @@ HELD = {
     "probe_layers": Held(sites=0.1, own=650.0),
     "compare_states": Held(sites=0.5, own=20.0, pair=120.0, fixed=300.0),
     "attribute_outliers": Held(sites=3.9, own=85.0),
-    "feature_learning": Held(sites=2.0, own=30.0),
+    "feature_learning": Held(own=3000.0, base=450e6),
     "learning_curves": Held(own=20.0, fixed=50.0),
-    "train": Held(sites=2.0, own=10.0),
+    "train": Held(sites=1.35, own=10.0),
     "zoo": Held(own=10.0, fixed=50.0),
 }
 QUERY = 0.15
@@ -80,7 +81,7 @@ def prompts(command: str, flag: str, number: int, task: Any, models: Sequence[An
     held = HELD[command]
     sites = sum(of_sites(model, batch.tokens.shape[1]) for model in models)
     layers = max((len(getattr(model, "blocks", ())) for model in models), default=0)
-    return Part(flag, number, held.sites * sites + held.own * own, held.pair * layers, held.fixed * sites)
+    return Part(flag, number, held.sites * sites + held.own * own, held.pair * layers, held.fixed * sites + held.base)
 
 
 def of_sites(model: Any, length: int) -> float:
