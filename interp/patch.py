@@ -233,6 +233,8 @@ def _cells(group: Sequence[str], positions: Positions, length: int) -> list[tupl
 def _inside(t: Any, length: int) -> int:
     # A number of numpy's or torch's is as good as one of Python's.
     given = int(t) if isinstance(t, numbers.Integral) and not isinstance(t, bool) else t
+    if isinstance(given, int) and not isinstance(given, bool) and not -length <= given < length:
+        raise BadArgument(f"position {given} is outside: the prompts have {length}, 0 … {length - 1}")
     return whole_number("position", given, -length, length - 1)
 
 

@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import math
+import os
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -156,7 +157,7 @@ class Result:
         A folder of the format before this one, without checksums, is read with a warning.
         """
         folder = Path(path)
-        if not folder.exists():
+        if not os.path.exists(folder):  # unlike Path.exists no error for a name that is too long
             clear_dead(folder.parent)  # a run that was killed may have moved it aside
         try:
             head = _head(folder)

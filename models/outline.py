@@ -69,8 +69,12 @@ def outline(architecture: str, config: Mapping[str, Any]) -> Root:
     try:
         with torch.device("meta"), _NothingComputed():
             return ARCHITECTURES[architecture](checked)
-    except RuntimeError as error:  # a tensor with more bytes than an address can count
-        raise TooLarge(f"this {architecture} is too large for any memory: {one_line(error)}") from error
+    except RuntimeError as error:
+        if "overflow" in str(error):  # a tensor with more bytes than an address can count
+            raise TooLarge(f"this {architecture} is too large for any memory: {one_line(error)}") from error
+    # Somebody's own architecture, whose initial weights need numbers: the outline is a whole model.
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        return ARCHITECTURES[architecture](checked)
 
 
 def check_size(architecture: str, config: Any) -> None:

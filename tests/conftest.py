@@ -15,6 +15,7 @@ from __future__ import annotations
 import gc
 import ipaddress
 import os
+import signal
 import socket
 import sys
 from collections.abc import Iterator
@@ -34,6 +35,10 @@ import torch
 from torch.nn.modules import module as torch_module
 
 from tests.shapes import install
+
+# A shell starts what runs in the background with Ctrl-C ignored, which every process below would inherit.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 PACKAGES = ("hooks", "models", "interp", "analyses")
 

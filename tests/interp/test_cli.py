@@ -94,7 +94,9 @@ def test_json_prints_result_json_and_nothing_else(tmp_path: Path, capsys: pytest
     said = capsys.readouterr()
     (folder,) = (tmp_path / "example").iterdir()
     assert (code, said.err) == (0, "")
-    assert json.loads(said.out) == json.loads((folder / "result.json").read_text())
+    written = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    assert {"seal", "files"} < written.keys(), "of the files: their checksums"
+    assert json.loads(said.out) == {name: value for name, value in written.items() if name not in ("seal", "files")}
     assert json.loads(said.out)["table"][1]["error"] is None
 
 
@@ -323,16 +325,30 @@ def test_ctrl_c_and_sigterm_are_one_line_and_exit_1(number: int, name: str) -> N
 def test_sigterm_in_the_middle_of_saving_leaves_nothing_behind(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def half(figure: Figure, path: Path) -> None:
+    def half(path: Path, data: str | bytes) -> None:
         path.write_bytes(b"half")
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr("interp.plot.svg", half)
+    monkeypatch.setattr("interp.result.write_whole", half)
     before = signal.getsignal(signal.SIGTERM)
     assert cli.main(command(result, drawn), ["--out", str(tmp_path)]) == 1
     assert os.listdir(tmp_path / "example") == []
     assert "SIGTERM" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_sigterm_in_the_middle_of_drawing_leaves_the_numbers_and_no_half_figure(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def half(figure: Figure, file: Any) -> None:
+        file.write(b"half")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("interp.plot.svg", half)
+    assert cli.main(command(result, drawn), ["--out", str(tmp_path)]) == 1
+    (folder,) = (tmp_path / "example").iterdir()
+    assert list(Result.load(folder).table["k"]) == [5, 10] and not (folder / "figure.svg").exists()
+    assert "SIGTERM" in capsys.readouterr().err
 
 
 def test_a_handler_of_the_caller_stays(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,7 @@ import hooks
 import models
 from interp import tasks
 from interp.tasks.base import guess
-from models.scan.dplr import legs
+from models.scan import dplr
 from tests.interp.verbs import batches, tiny, verbs_of
 
 pytestmark = pytest.mark.contract
@@ -77,7 +77,7 @@ def test_a_checkpoint_is_loaded_onto_the_cpu(elsewhere: None) -> None:
 
 def test_what_is_kept_between_models_is_on_the_cpu(elsewhere: None) -> None:
     """The start of S4 is worked out once: a model on another device must not leave it there for the next."""
-    legs.cache_clear()
+    dplr._legs.cache_clear()
     models.build("s4", d_model=4, n_layers=1, d_state=3)
     torch.set_default_device(None)
     built = models.build("s4", d_model=4, n_layers=1, d_state=3)

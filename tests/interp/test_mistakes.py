@@ -100,11 +100,6 @@ def test_a_wrapper_is_told_where_the_model_is(verb: str) -> None:
         INTO[verb](wrapped, batches()[0].tokens)
 
 
-def test_a_wrapper_needs_no_loading() -> None:
-    with pytest.raises(BadArgument, match=r"a DataParallel wraps a Mamba: give model\.module"):
-        models.load(torch.nn.DataParallel(tiny("mamba")))
-
-
 @pytest.mark.parametrize("verb", ["record", "patch", "swap", "knock out", "matrix", "edit, add"])
 def test_a_compiled_model_answers_as_the_one_inside(verb: str) -> None:
     model, (batch, other) = tiny("mamba"), batches()

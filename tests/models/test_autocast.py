@@ -81,7 +81,7 @@ LOOKS: dict[str, tuple[list[str], dict[str, Any]]] = {
 
 def run(model: Any, x: Tensor, look: str, **keywords: Any) -> tuple[hooks.Record, Any]:
     sites, edits = LOOKS[look]
-    with hooks.edit(model, edits) if edits else hooks.edit(model, {"hook_embed": hooks.scale(1.0)}):
+    with hooks.edit(model, edits, positions="run") if edits else hooks.edit(model, {"hook_embed": hooks.scale(1.0)}):
         found = hooks.record(model, x, [MIXER + kind for kind in ("hook_y", *sites)], return_state=True, **keywords)
     return found, found.output[1]
 
