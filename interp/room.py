@@ -27,7 +27,7 @@ SCAN = ("hook_decay", "hook_transition", "hook_write", "hook_state")
 @dataclass(frozen=True)
 class Held:
     """Multiples of what one prompt has at the sites of the models together, of its own tensors, and bytes of each pair
-    of prompts for each layer of one model. ``fixed`` times the sites and ``base`` bytes are held whatever is asked for.
+    of prompts for each layer of one model. Whatever is asked for, ``fixed`` times the sites and ``base`` bytes go too.
     """
 
     sites: float = 0.0

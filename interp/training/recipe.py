@@ -132,7 +132,8 @@ class TrainConfig:
 
 def _whole(name: str, value: Any, least: int = 1) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= MOST:
-        raise BadArgument(f"{name} is {told(value)}; it must be a whole number from {least} to {MOST}")
+        bound = f"to {MOST}" if isinstance(value, int) and value > MOST else "up"
+        raise BadArgument(f"{name} is {told(value)}; it must be a whole number from {least} {bound}")
 
 
 def _mixed(entry: Any, task: str) -> dict[str, Any]:
