@@ -6,6 +6,8 @@ import dataclasses
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,14 @@ from interp.stats import Interval
 from interp.tasks.base import model_shape
 
 D, N_PAIRS, BLOCKS = 3, 9, 4
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_steps() -> Iterator[None]:
+    """Solvers of at most four steps: what is named is asked in ``test_probe_layers_planted``, with all of them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(families, "candidates", partial(families.candidates, steps=4))
+        yield
 
 
 def checkpoint(folder: Path, architecture: str = "mamba", task: str = "linreg", **options: Any) -> Path:
@@ -90,6 +100,7 @@ def test_the_figure_is_redrawn_from_disk_with_its_controls(result: Result, tmp_p
     in_probes = [text.get_text() for text in panels[5].get_legend().get_texts()]
     assert {"w, shuffled", "w, untrained", "w, from running sums"} <= set(in_probes)
     assert figure.get_suptitle().startswith("mamba-linreg, 8 examples: ")
+    assert "none of the algorithms tried fits the last block's predictions as they are" in figure.get_suptitle()
 
 
 @pytest.mark.end_to_end
@@ -190,7 +201,7 @@ def parts(config: probe_layers.Config) -> dict[str, Any]:
             "seen": layers.through_lens(subject, 40, config.m, config.queries),
             "probes": layers.probes(subject, 80)[:8],
             "levels": levels,
-            "found": families.candidates(levels.within(), steps=2),
+            "found": families.candidates(levels.within()),
             "config": config,
         }
 

@@ -1,4 +1,4 @@
-"""Names through the whole command: models that are an algorithm, set by hand, and models that are none."""
+"""Names through the whole command: models that are an algorithm, set by hand. ``test_probe_layers`` has one of none."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def ran(model: models.Root, folder: Path, name: str = "linreg", **options: Any) 
     measured = {f"k={k}": row for k, row in evaluate.summary(model.eval(), task).items()}
     card = {"task": name, "task_config": task.config, "measured": {"model": measured, "n": 1280}}
     models.save(model, folder / "planted.safetensors", card)
-    config = probe_layers.Config(task=name, model=str(folder / "planted.safetensors"), prompts=48, queries=4, m=6)
+    config = probe_layers.Config(task=name, model=str(folder / "planted.safetensors"), prompts=32, queries=4, m=6)
     return probe_layers.run(config)
 
 
@@ -196,15 +196,6 @@ def test_the_papers_online_descent_is_called_that(tmp_path: Path) -> None:
     said = f"online GD of labels (rate {rate:.3g}, forgetting {keep:.3g})"
     assert found.arrays["match_said"][1] == said == found.provenance["last block"]["as it is"]["said"]
     assert said in probe_layers.plot(found).get_suptitle()
-
-
-@pytest.mark.planted
-def test_a_model_with_random_weights_is_none_of_these(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    found = ran(models.build("mamba", d_model=8, n_layers=2, d_in=D, d_out=1), tmp_path, d=D)
-    for key in ("match_name", "match_scaled_name"):
-        assert set(found.arrays[key]) == {NONE}
-    assert "none of the algorithms tried fits" in probe_layers.plot(found).get_suptitle()
 
 
 @pytest.mark.planted
