@@ -286,7 +286,7 @@ def _parts(
         # What a layer adds, not the sum, in which a large residual stream would hide it.
         ours, _ = block.mixer(block.norm(r), None, False)  # type: ignore[operator, union-attr]
         yield f"what layer {i} adds", ours, layer.mixer(layer.norm(r))
-        r = block(r)
+        r = block(r, None, False)
     yield "the logits", model.head(model.ln_final(r)), _read_out(module, backbone.norm_f(r))
 
 

@@ -133,7 +133,7 @@ def test_every_block_of_a_planted_model_has_its_algorithms_name(scale: float, sh
         assert last["as it is"]["name"] == NONE and last["with a scale"]["said"].startswith("least squares × 2 − 1")
         assert "none of the algorithms tried fits the last block's predictions as they are" in title
         assert "scaled, least squares × 2 − 1" in title
-    rows = found.table[(found.table.part == "match") & (found.table.k == "")]
+    rows = found.table[(found.table.part == "match") & found.table.k.isna()]
     last_rows = rows[rows.block == len(ONES)]
     assert {"as it is: " + last["as it is"]["name"], "with a scale: least squares"} <= set(last_rows.what)
     assert {"least squares", "least squares, scaled", "the labels themselves"} <= set(last_rows.what)
