@@ -38,11 +38,12 @@ def pull(
     with torch.enable_grad():
         views = [tensor.view_as(tensor) for k in wanted if (tensor := operands[k]) is not None]
         if all(view.requires_grad for view in views):
-            reached = [(out, seed) for out, seed in zip(given(*views), seeds, strict=True) if out.requires_grad]
+            ends = given(*views)
+            reached = [k for k, end in enumerate(ends) if end.requires_grad]
             found = (None,) * len(views)
             if reached:
-                ends, starts = zip(*reached, strict=True)
-                found = torch.autograd.grad(ends, views, starts, create_graph=record, allow_unused=True)
+                of, starts = [ends[k] for k in reached], [seeds[k] for k in reached]
+                found = torch.autograd.grad(of, views, starts, create_graph=record, allow_unused=True)
         else:  # below a transform of torch.func, which keeps to itself what requires a gradient
             found = torch.func.vjp(given, *views)[1](seeds)
     place = dict(zip(wanted, found, strict=True))
@@ -60,11 +61,10 @@ def push(function: Callable[..., Any], operands: Operands, tangents: Operands) -
         place = dict(zip(moving, values, strict=True))
         return function(*(place.get(k, tensor) for k, tensor in enumerate(operands)))
 
-    # Its type says three where there may be two.
-    both: Any = torch.func.vjp(of_moving, *(operands[k] for k in moving))
-    outputs, back = both
+    vjp: Any = torch.func.vjp  # declared with a third result, which it has on request
+    outputs, back = vjp(of_moving, *(operands[k] for k in moving))
     # Any gradient of the outputs would do; one of zeros would meet the rule that a zero wins over inf.
     ones = torch.ones_like(outputs) if isinstance(outputs, Tensor) else tuple(map(torch.ones_like, outputs))
-    both = torch.func.vjp(back, ones)
-    (found,) = both[1](tuple(tangents[k] for k in moving))
+    _, forth = vjp(back, ones)
+    (found,) = forth(tuple(tangents[k] for k in moving))
     return found

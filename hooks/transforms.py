@@ -76,10 +76,7 @@ def translated(function: Callable[..., Any], *tensors: Tensor | None) -> Any:
     level = torch._C._vmapmode_increment_nesting() - 1
     torch._C._vmapmode_decrement_nesting()
     # The size would be that of a tensor that is not one of many; there is none here.
-    whole = [
-        torch._remove_batch_dim(t, level, 0, 0) if of_many else t  # type: ignore[arg-type]
-        for t, of_many in zip(tensors, many, strict=True)
-    ]
+    whole = [torch._remove_batch_dim(t, level, 0, 0) if t is not None and batched(t) else t for t in tensors]
     dims = tuple(0 if of_many else None for of_many in many)
     absent: list[int] = []
 

@@ -46,7 +46,7 @@ from hooks.onlookers import only_read, plain_linear, state_edits, watched
 from hooks.point import emit, site
 from hooks.precision import exact
 from models.recurrence import rate, recurrence
-from models.scan import convolution, decays, kernel, selective_scan, selective_scan_states, selective_states
+from models.scan import convolution, decays, kernel, rates, selective_scan, selective_scan_states, selective_states
 from models.stack import LayerState, Stack, check_config
 
 Inner = Float[Tensor, "batch pos d_inner"]
@@ -227,7 +227,7 @@ class MambaMixer(nn.Module):
         delta_write = emit(self.hook_delta_write, delta, shared=True)
         B, C = emit(self.hook_B, B), emit(self.hook_C, C)
         h0 = self._initial_state(None if state is None else state.h, delta)
-        A = rate(self.A_log.to(delta.dtype))
+        A = rates(self.A_log.to(delta.dtype))
         x = x.to(delta.dtype)
         if not watched(self.hook_decay, self.hook_write, self.hook_state):
             return selective_scan(x, delta_decay, delta_write, A, B, C, h0)
@@ -265,7 +265,7 @@ class MambaMixer(nn.Module):
         """C h of the time-invariant twin: one impulse response for each channel."""
         wide = torch.promote_types(x.dtype, torch.float32)
         step = F.softplus(self.dt_bias.to(wide))[:, None]
-        A = rate(self.A_log.to(wide))
+        A = rates(self.A_log.to(wide))
         response = kernel(
             decays(step.mT[None], A)[0, 0], step * self.B.to(wide), self.C.to(wide).expand_as(A), x.shape[1]
         )

@@ -6,7 +6,6 @@ needs the value of h_t before it can say what it becomes, so the scan is split t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,12 +17,6 @@ from hooks.propagate import StateEdit
 from models.scan import scan
 
 States = Float[Tensor, "batch pos d_inner n"]
-
-
-def rate(A_log: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """A = −exp(A_log). Where that overflows it is −inf with gradient 0, which is that of the decay: it is 0 there."""
-    over = A_log > math.log(torch.finfo(A_log.dtype).max)
-    return torch.where(over, -math.inf, -torch.exp(torch.where(over, 0, A_log)))
 
 
 def recurrence(

@@ -49,7 +49,7 @@ from hooks.point import emit, site
 from hooks.precision import exact
 from hooks.transforms import active
 from models.recurrence import rate, recurrence
-from models.scan import constant_pair_states, convolution, kernel, pair_scan
+from models.scan import constant_pair_states, convolution, kernel, pair_scan, rates
 from models.stack import LayerState, Stack, check_config
 
 Inner = Float[Tensor, "batch pos d_inner"]
@@ -141,7 +141,7 @@ class S4DMixer(nn.Module):
         delta_decay = emit(self.hook_delta_decay, delta, shared=True)
         delta_write = emit(self.hook_delta_write, delta, shared=True)
         h0 = initial_state(self.hook_state_init, given, x, 2 * self.cfg.d_state)
-        A = torch.stack([rate(self.log_A_real.to(wide)), self.A_imag.to(wide)])
+        A = torch.stack([rates(self.log_A_real.to(wide)), self.A_imag.to(wide)])
         decay = _decay(constant(delta_decay) if looked_at else step, A)
         write = _zero_order_hold(constant(delta_write) if looked_at else step, A)
         varying = decay.ndim == 4 or write.ndim == 4

@@ -39,9 +39,9 @@ from hooks.onlookers import state_edits, watched
 from hooks.point import emit, site
 from hooks.precision import exact
 from hooks.transforms import everywhere
-from models.recurrence import rate, recurrence
+from models.recurrence import recurrence
 from models.s4 import Inner, Pair, S4DConfig, Weights, around, constant, initial_state, pair, unpair
-from models.scan import convolution, dplr
+from models.scan import convolution, dplr, rates
 from models.scan.pair import times
 from models.stack import LayerState, Stack
 
@@ -104,7 +104,7 @@ class S4Mixer(nn.Module):
 
     def system(self, dtype: torch.dtype) -> dplr.System:
         """Λ, P and B of every channel, complex, computed in ``dtype`` (real)."""
-        diagonal = torch.complex(rate(self.log_A_real.to(dtype)), self.A_imag.to(dtype))
+        diagonal = torch.complex(rates(self.log_A_real.to(dtype)), self.A_imag.to(dtype))
         return dplr.System(diagonal, _as_complex(self.A_low_rank, dtype), _as_complex(self.B, dtype))
 
     def _scan(self, x: Inner, given: Tensor | None, return_state: bool) -> tuple[Inner, Pair | None]:

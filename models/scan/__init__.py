@@ -20,7 +20,7 @@ from torch import Tensor
 from hooks.errors import BadArgument
 from models.scan import cpu, cuda, pair, reference
 from models.scan.convolution import convolution, kernel
-from models.scan.reference import decays
+from models.scan.reference import decays, rates
 
 __all__ = [
     "constant_pair_states",
@@ -28,6 +28,7 @@ __all__ = [
     "decays",
     "kernel",
     "pair_scan",
+    "rates",
     "scan",
     "selective_scan",
     "selective_scan_states",

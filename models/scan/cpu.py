@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hooks.derivatives import Operands
 from hooks.threads import run
 from models.scan import pages, reference
 from models.scan.operation import Operation
@@ -122,57 +121,55 @@ class _Selective:
         run(kernel, self.batch * self.groups, self.groups, work, args)
 
 
-def _run_selective(operands: Operands, keep: bool) -> tuple[Tensor, ...]:
+def _run_selective(operands: Any, keep: bool) -> tuple[Tensor, ...]:
     """y, the last state, and the states at chunk starts."""
-    kernel = _Selective(*operands)  # type: ignore[arg-type]
+    kernel = _Selective(*operands)
     y = kernel.empty(*kernel.like.shape)
     return y, *kernel.forward(keep=keep, y=y)
 
 
-def _pull_selective(operands: Operands, saved: Operands, grads: Operands) -> tuple[Tensor, ...]:
-    return _Selective(*operands).backward(*saved, g_y=grads[0], g_last=grads[1])  # type: ignore[arg-type, misc]
+def _pull_selective(operands: Any, saved: Any, grads: Any) -> tuple[Tensor, ...]:
+    return _Selective(*operands).backward(saved[0], g_y=grads[0], g_last=grads[1])
 
 
-def _run_states(operands: Operands, keep: bool) -> tuple[Tensor, ...]:
+def _run_states(operands: Any, keep: bool) -> tuple[Tensor, ...]:
     """All states, and those at chunk starts."""
-    *others, h0 = operands
-    kernel = _Selective(*others, None, h0)  # type: ignore[arg-type, call-arg]
+    x, delta_decay, delta_write, A, B, h0 = operands
+    kernel = _Selective(x, delta_decay, delta_write, A, B, None, h0)
     states = pages.empty((*kernel.like.shape, kernel.d_state), kernel.like.dtype)
     _, saved = kernel.forward(keep=keep, states=states)
     return states, saved
 
 
-def _pull_states(operands: Operands, saved: Operands, grads: Operands) -> tuple[Tensor, ...]:
-    *others, h0 = operands
-    found = _Selective(*others, None, h0).backward(*saved, g_states=grads[0])  # type: ignore[arg-type, call-arg, misc]
+def _pull_states(operands: Any, saved: Any, grads: Any) -> tuple[Tensor, ...]:
+    x, delta_decay, delta_write, A, B, h0 = operands
+    found = _Selective(x, delta_decay, delta_write, A, B, None, h0).backward(saved[0], g_states=grads[0])
     return *found[:5], found[6]
 
 
-def _run_both(operands: Operands, keep: bool) -> tuple[Tensor, ...]:
+def _run_both(operands: Any, keep: bool) -> tuple[Tensor, ...]:
     """y and all states."""
-    kernel = _Selective(*operands)  # type: ignore[arg-type]
+    kernel = _Selective(*operands)
     y = kernel.empty(*kernel.like.shape)
     states = pages.empty((*kernel.like.shape, kernel.d_state), kernel.like.dtype)
     kernel.forward(keep=False, y=y, states=states)
     return y, states
 
 
-def _run_materialised(operands: Operands, keep: bool) -> tuple[Tensor, ...]:
+def _run_materialised(operands: Any, keep: bool) -> tuple[Tensor, ...]:
     from models.scan import kernels
 
     decay, write, h0 = operands
-    assert write is not None
     states = pages.empty(tuple(write.shape), write.dtype)
     arrays = (_lanes(tensor, 2) for tensor in (decay, write))
     _run_scan(kernels.scan_forward, kernels.WIDTH, (*arrays, _lanes(h0, 1, write), _lanes(states, 2)))
     return (states,)
 
 
-def _pull_materialised(operands: Operands, saved: Operands, grads: Operands) -> tuple[Tensor, ...]:
+def _pull_materialised(operands: Any, saved: Any, grads: Any) -> tuple[Tensor, ...]:
     from models.scan import kernels
 
     decay, write, h0 = operands
-    assert write is not None
     g_decay, g_write = (pages.empty(tuple(write.shape), write.dtype) for _ in range(2))
     g_h0 = torch.empty((write.shape[0], *write.shape[2:]), dtype=write.dtype, device=write.device)
     given = (_lanes(decay, 2), _lanes(h0, 1, write), _lanes(saved[0], 2), _lanes(grads[0], 2))

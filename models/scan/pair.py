@@ -15,7 +15,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooks.derivatives import Operands
 from hooks.precision import exact
 from hooks.threads import run
 from hooks.transforms import every_order, translated
@@ -55,11 +54,10 @@ def _constant_by_definition(
     return exact(partial(torch.einsum, "bldn,dn->bld"), states, read), states
 
 
-def _run_constant(operands: Operands, keep: bool) -> tuple[Tensor, ...]:
+def _run_constant(operands: Any, keep: bool) -> tuple[Tensor, ...]:
     from models.scan import pair_kernels as kernels
 
     x, decay, gain, read, h0 = operands
-    assert x is not None and decay is not None and gain is not None and read is not None
     y, states = torch.empty_like(x), pages.empty((*x.shape, decay.shape[1]), x.dtype)
     start = x.new_empty(0, 0, 0) if h0 is None else h0
     given = [x.detach().contiguous().numpy(), *(_apart(part) for part in (decay, gain, read, start))]

@@ -82,6 +82,11 @@ def scan(
     return torch.stack(states, dim=1)
 
 
+def rates(A_log: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """A = −exp(A_log). Where that overflows it is −inf, its decay is 0, and the gradient 0 of that decay stays 0."""
+    return -_Exp.apply(A_log)
+
+
 def decays(
     delta: Float[Tensor, "batch pos d_inner"], A: Float[Tensor, "d_inner d_state"]
 ) -> Float[Tensor, "batch pos d_inner d_state"]:
