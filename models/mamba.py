@@ -45,7 +45,7 @@ from hooks.errors import BadArgument, unknown
 from hooks.onlookers import only_read, plain_linear, state_edits, watched
 from hooks.point import emit, site
 from hooks.precision import exact
-from models.recurrence import rate, recurrence
+from models.recurrence import recurrence
 from models.scan import convolution, decays, kernel, rates, selective_scan, selective_scan_states, selective_states
 from models.stack import LayerState, Stack, check_config
 

@@ -48,7 +48,7 @@ from hooks.onlookers import only_read, state_edits, watched
 from hooks.point import emit, site
 from hooks.precision import exact
 from hooks.transforms import active
-from models.recurrence import rate, recurrence
+from models.recurrence import recurrence
 from models.scan import constant_pair_states, convolution, kernel, pair_scan, rates
 from models.stack import LayerState, Stack, check_config
 
