@@ -45,7 +45,7 @@ HELD = {
     "feature_learning": Held(own=3000.0, base=450e6),
     "learning_curves": Held(own=20.0, fixed=50.0),
     "train": Held(sites=1.35, own=10.0),
-    "zoo": Held(own=10.0, fixed=50.0),
+    "zoo": Held(own=30.0, fixed=50.0),
 }
 QUERY = 0.15
 """Of a token's sites, what ``probe_layers`` keeps of each query of each prompt: residual streams, three times."""
