@@ -68,6 +68,14 @@ def _is_watched(point: nn.Module, but_by: Collection[int] = (), forward: Any = H
     return replaced is not None and _traced(replaced, forward)
 
 
+def tracing(point: nn.Module) -> bool:
+    """Whether an nnsight trace is running, which may have changed what comes here at a module that is no site."""
+    try:
+        return "forward" in point.__dict__ and point.__dict__["forward"].state.active()[0] is not None
+    except AttributeError:
+        return False
+
+
 def _traced(replaced: Any, forward: Any) -> bool:
     """Whether an instance ``forward`` is anything but an nnsight controller with nobody waiting."""
     try:

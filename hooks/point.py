@@ -30,7 +30,7 @@ from hooks.finite import check_divisor, note
 from hooks.gradients import check_gradient, trace
 from hooks.inputs import no_gradients, readable
 from hooks.memory import check_memory
-from hooks.onlookers import state_edits, watched
+from hooks.onlookers import state_edits, tracing, watched
 from hooks.placed import Placed, owner, unsplit, whole
 from hooks.recompute import in_backward, passed
 from hooks.sites import HEAD_OUT, SITES, Pattern, resolve
@@ -117,6 +117,8 @@ def emit(point: nn.Module, value: Tensor, *, shared: bool = False) -> Tensor:
             passed(point, False)
         if getattr(point, "divides", False):
             check_divisor(point, value)
+        if tracing(point):
+            note(point, value)
         return value
     if shared or getattr(point, "shared", False):
         value = value.clone(memory_format=torch.contiguous_format)
@@ -131,7 +133,7 @@ def emit(point: nn.Module, value: Tensor, *, shared: bool = False) -> Tensor:
         out = _conformed(out, value, getattr(point, "listed", None) or getattr(point, "name", None) or "a hook point")
     if changed or in_backward():
         passed(point, changed)
-    if changed or "forward" in point.__dict__:
+    if changed or tracing(point):
         note(point, out)
     if getattr(point, "divides", False):
         check_divisor(point, out)

@@ -1,6 +1,7 @@
 """A run of its own for tests/hooks/test_placed.py: Ctrl-C before every so many steps of the interpreter.
 
-``python -m tests.hooks.interrupts BLOCK STEP``. Only a process of its own has a SIGINT to itself, and shapes unchecked.
+``python -m tests.hooks.interrupts BLOCK:STEP …``. In a process of its own, for the
+signal's sake, and with shapes unchecked.
 """
 
 from __future__ import annotations
@@ -103,4 +104,6 @@ def main(name: str, step: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    for argument in sys.argv[1:]:
+        block, _, every = argument.partition(":")
+        main(block, int(every))

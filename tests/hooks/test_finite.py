@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,8 @@ from torch import Tensor
 
 import hooks
 from hooks import finite
+from tests.hooks.conftest import build
+from tests.small_transformer import small
 
 DELTA = "blocks.1.mixer.hook_delta"
 VARIANTS = ["mamba", "lti", "s4d", "s4", "linear"]
@@ -120,7 +123,7 @@ def test_under_an_edit_in_every_idiom(
         model.run_with_hooks(x, fwd_hooks=[(DELTA, lambda value, hook: value * torch.nan)])
     assert leftovers(model) == []
     wrapped = hooks.nnsight(model)
-    with pytest.raises(Exception, match="the output holds NaN"):
+    with pytest.raises(Exception, match=rf"the output holds NaN.*first seen at {DELTA} \(NaN"):
         with wrapped.trace(x):
             wrapped.blocks[1].mixer.hook_delta.output = wrapped.blocks[1].mixer.hook_delta.output * torch.nan
     assert leftovers(model) == []
@@ -197,3 +200,95 @@ def test_stopped_runs_and_returned_states_are_checked(make: Callable[..., Any], 
     with pytest.raises(hooks.NonFinite, match=r"blocks\.0\.mixer\.hook_out"):
         model.run_with_hooks(x, fwd_hooks=spoil, return_state=True)
     assert bool(model(x, stop_at_layer=1).isfinite().all())
+
+
+EDITS = [(kind, sign * 10.0**power) for kind in ("set", "scale") for sign in (1, -1) for power in (12, 21, 37)]
+
+
+def fp32(variant: str) -> Any:
+    return small(n_layers=2).float() if variant == "transformer" else build(variant).float()
+
+
+@pytest.mark.definition
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("kind", ["hook_delta", "hook_out"])
+def test_extreme_values_in_fp32_are_right_or_an_error(x: Tensor, variant: str, kind: str) -> None:
+    """Against the same weights in fp64, whose squares do not overflow: where a norm's do, all behind it would be 0."""
+    model = fp32(variant)
+    reference, given, refused, right = copy.deepcopy(model).double(), x[:2, :6].float(), 0, 0
+    names = [name for name in model.hook_dict if name.rsplit(".", 1)[-1].startswith(kind)]
+    for name in names[:2]:
+        for how, value in EDITS:
+            change = hooks.set_to(value, pos=[2]) if how == "set" else hooks.scale(value)
+            with torch.no_grad(), hooks.edit(reference, {name: change}):
+                try:
+                    expected = reference(given.double())
+                except hooks.NonFinite:
+                    expected = None
+            try:
+                with torch.no_grad(), hooks.edit(model, {name: change}):
+                    found = model(given)
+            except hooks.NonFinite as error:
+                assert "first seen at " in str(error)
+                refused += 1
+                continue
+            assert expected is not None, (name, how, value)
+            size = float(expected.abs().max())
+            torch.testing.assert_close(found.double(), expected, rtol=0, atol=2e-3 * size, msg=f"{name} {how} {value}")
+            right += 1
+    assert not names or (right and (refused or variant == "s4")), "both happen"
+
+
+@pytest.mark.hygiene
+@pytest.mark.parametrize("variant", [*VARIANTS, "transformer"])
+def test_a_norm_that_overflows_is_named(x: Tensor, variant: str) -> None:
+    """By an edit and by a weight, watched and not: inf in the scale is 0 behind it, and the output was finite."""
+    model, given = fp32(variant), x.float()
+    out = "blocks.0.attn.o.hook_out" if variant == "transformer" else "blocks.0.mixer.hook_out"
+    scale = next(name for name in list(model.hook_dict)[list(model.hook_dict).index(out) :] if "hook_scale" in name)
+    told = rf"finite and wrong; first seen at {scale} \(inf at"
+    with torch.no_grad():
+        for readers in ([], ["*"]):
+            with hooks.edit(model, {out: hooks.scale(1e22)}):
+                with pytest.raises(hooks.NonFinite, match=told):
+                    hooks.record(model, given, readers) if readers else model(given)
+        assert bool(model(given).isfinite().all())
+        weight = next(p for name, p in model.named_parameters() if name.startswith("blocks.0") and ".o" in name)
+        weight.mul_(1e22)
+        with pytest.raises(hooks.NonFinite, match=told):
+            model(given)
+
+
+@pytest.mark.hygiene
+def test_a_linear_attention_whose_divisor_overflows_is_named(x: Tensor) -> None:
+    model = fp32("linear")
+    with hooks.edit(model, {"blocks.0.mixer.hook_norm": hooks.scale(1e38)}), torch.no_grad():
+        with pytest.raises(hooks.NonFinite, match=r"first seen at blocks\.0\.mixer\.hook_norm"):
+            model(x.float() * 10)
+
+
+@pytest.mark.hygiene
+def test_scores_of_minus_inf_keep_a_position_from_being_looked_at(x: Tensor) -> None:
+    model, scores = small(n_layers=1), "blocks.0.attn.hook_attn_scores"
+
+    def without_the_second(value: Tensor, hook: Any) -> Tensor:
+        value[..., 2:, 1] = -torch.inf
+        return value
+
+    pattern = "blocks.0.attn.hook_pattern"
+    with model.hooks(fwd_hooks=[(scores, without_the_second)]):
+        found = hooks.record(model, x, pattern)
+    assert float(found[pattern][..., 2:, 1].abs().max()) == 0
+    with pytest.raises(hooks.NonFinite, match=r"first seen at blocks\.0\.attn\.hook_attn_scores"):
+        model.run_with_hooks(x, fwd_hooks=[(scores, lambda value, hook: value - torch.inf)])
+
+
+@pytest.mark.hygiene
+def test_what_a_trace_did_beside_the_sites_is_seen_where_it_first_goes_through_one(
+    make: Callable[..., Any], x: Tensor
+) -> None:
+    model = make()
+    wrapped = hooks.nnsight(model)
+    with pytest.raises(Exception, match=r"first seen at blocks\.0\.mixer\.hook_out \(NaN"):
+        with wrapped.trace(x):
+            wrapped.blocks[0].mixer.out_proj.output = wrapped.blocks[0].mixer.out_proj.output * torch.nan
