@@ -18,7 +18,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, _GeneratorContextManager
+from contextlib import ExitStack, _GeneratorContextManager
 from types import CodeType, FrameType
 from typing import Any, ParamSpec, TypeVar, cast
 
@@ -47,13 +47,13 @@ def unsplit(function: F) -> F:
     return cast(F, call)
 
 
-def whole(function: Callable[P, Iterator[T]]) -> Callable[P, AbstractContextManager[T]]:
+def whole(function: Callable[P, Iterator[T]]) -> Callable[P, _GeneratorContextManager[T]]:
     """``contextlib.contextmanager``, with nothing left undone by a Ctrl-C on the way into the block or out of it."""
     _UNSPLIT.add(inspect.unwrap(function).__code__)
 
     @functools.wraps(function)
-    def make(*args: P.args, **kwargs: P.kwargs) -> AbstractContextManager[T]:
-        return _Whole(function, args, kwargs)  # type: ignore[arg-type]
+    def make(*args: P.args, **kwargs: P.kwargs) -> _GeneratorContextManager[T]:
+        return _Whole(function, args, kwargs)  # type: ignore[arg-type]  # an iterator made by a generator function
 
     return make
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +61,7 @@ class Point(HookPoint):
         """TransformerLens' ``add_hook``; what a forward hook returns is checked before the next one is given it."""
         if dir != "fwd":
             return super().add_hook(hook, dir, *options, **more)
-        handle = super().add_hook(_Conforming(hook), dir, *options, **more)
+        handle = super().add_hook(cast(Any, _Conforming(hook)), dir, *options, **more)
         handle.user_hook = hook
         return handle
 

@@ -21,6 +21,7 @@ from einops import rearrange
 from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 import hooks
 from hooks.brief import brief
@@ -305,13 +306,4 @@ def _stacked(record: hooks.Record) -> Float[Tensor, "block batch pos d_model"]:
 
 def _repeated(state: Any, count: int) -> Any:
     """The state with every row of its first axis ``count`` times."""
-    if isinstance(state, Tensor):
-        return state.repeat_interleave(count, dim=0)
-    if isinstance(state, tuple) and hasattr(state, "_fields"):
-        return type(state)(*(_repeated(part, count) for part in state))
-    if isinstance(state, (list, tuple)):
-        repeated = type(state)(_repeated(part, count) for part in state)
-        if hasattr(state, "seen"):  # how many tokens it has seen, by which edits count positions
-            repeated.seen = state.seen  # type: ignore[union-attr]
-        return repeated
-    return state
+    return tree_map(lambda part: part.repeat_interleave(count, dim=0) if isinstance(part, Tensor) else part, state)

@@ -18,6 +18,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from jaxtyping import Float, Int, Real
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from hooks.brief import brief
 from hooks.errors import BadArgument
@@ -396,15 +397,4 @@ def _check_head(model: Model, d_out: int) -> None:
 
 def _copy(state: Any) -> Any:
     """The same nest of lists, tuples and dicts with every tensor cloned; gradients flow through."""
-    if isinstance(state, Tensor):
-        return state.clone()
-    if isinstance(state, tuple) and hasattr(state, "_fields"):
-        return type(state)(*(_copy(part) for part in state))
-    if isinstance(state, (list, tuple)):
-        copied = type(state)(_copy(part) for part in state)
-        if hasattr(state, "seen"):  # how many tokens it has seen, by which edits count positions
-            copied.seen = state.seen  # type: ignore[union-attr]
-        return copied
-    if isinstance(state, dict):
-        return {key: _copy(part) for key, part in state.items()}
-    return state
+    return tree_map(lambda part: part.clone() if isinstance(part, Tensor) else part, state)
