@@ -99,6 +99,29 @@ class Cache(ActivationCache):
         centred = getattr(self.model, "architecture", "") == "transformer"
         return (stack - stack.mean(-1, keepdim=True) if centred else stack) / scale
 
+    def stack_head_results(self, *given: Any, **options: Any) -> Any:
+        """As TransformerLens', of a transformer; :class:`BadArgument` for a model without attention heads."""
+        self._of_a_transformer("stack_head_results")
+        return super().stack_head_results(*given, **options)
+
+    def stack_neuron_results(self, *given: Any, **options: Any) -> Any:
+        """As TransformerLens', of a transformer; :class:`BadArgument` for a model without its neurons."""
+        self._of_a_transformer("stack_neuron_results")
+        return super().stack_neuron_results(*given, **options)
+
+    def get_full_resid_decomposition(self, *given: Any, **options: Any) -> Any:
+        """As TransformerLens', of a transformer; :class:`BadArgument` for a model without attention heads."""
+        self._of_a_transformer("get_full_resid_decomposition")
+        return super().get_full_resid_decomposition(*given, **options)
+
+    def _of_a_transformer(self, asked: str) -> None:
+        kind = getattr(self.model, "architecture", "")
+        if kind != "transformer":
+            raise BadArgument(
+                f"{asked}() is about a transformer's attention heads and neurons, and this is a {kind}: "
+                "decompose_resid() has what each mixer and each MLP adds"
+            )
+
     def ssm_layers(self, mixer_type: Any = None) -> list[int]:
         """The layers that carry a recurrent state."""
         return [

@@ -125,6 +125,15 @@ def test_what_a_cache_lacks_is_named() -> None:
         cached("mamba")[2].logit_attrs(cached("mamba")[2].decompose_resid(), tokens=torch.tensor(0.5))
 
 
+@pytest.mark.parametrize("method", ["stack_head_results", "stack_neuron_results", "get_full_resid_decomposition"])
+def test_what_is_about_heads_is_of_a_transformer(method: str) -> None:
+    _, _, cache = cached("mamba")
+    with pytest.raises(BadArgument, match=rf"^{method}\(\) is about .*, and this is a mamba: decompose_resid\(\)"):
+        getattr(cache, method)(1)
+    _, _, cache = cached("transformer")
+    assert isinstance(getattr(cache, method)(1), torch.Tensor)
+
+
 @pytest.mark.parametrize("architecture", TINY)
 def test_a_backward_hook_may_return_a_tuple_at_every_site(architecture: str) -> None:
     model = tiny(architecture, torch.float64)
