@@ -18,7 +18,7 @@ pytestmark = pytest.mark.contract
 @pytest.mark.parametrize(
     ("field", "value", "said"),
     [
-        ("steps", 0, "whole number from 1 to"),
+        ("steps", 0, "whole number from 1 up"),
         ("steps", 2.5, "steps|wrong type"),
         ("learning_rates", [1e-3, 1e-2], "at least three"),
         ("learning_rates", [1e-3, 1e-3, 1e-2], "at least three"),
