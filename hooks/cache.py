@@ -110,9 +110,12 @@ class Cache(ActivationCache):
         return super().stack_neuron_results(*given, **options)
 
     def get_full_resid_decomposition(self, *given: Any, **options: Any) -> Any:
-        """As TransformerLens', of a transformer; :class:`BadArgument` for a model without attention heads."""
+        """Always :class:`BadArgument`: it asks a configuration of TransformerLens' own for what ours does not have."""
         self._of_a_transformer("get_full_resid_decomposition")
-        return super().get_full_resid_decomposition(*given, **options)
+        raise BadArgument(
+            "get_full_resid_decomposition() reads TransformerLens' own configuration, which this model does not have: "
+            "take decompose_resid(), stack_head_results() and stack_neuron_results()"
+        )
 
     def _of_a_transformer(self, asked: str) -> None:
         kind = getattr(self.model, "architecture", "")

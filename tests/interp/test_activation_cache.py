@@ -131,7 +131,11 @@ def test_what_is_about_heads_is_of_a_transformer(method: str) -> None:
     with pytest.raises(BadArgument, match=rf"^{method}\(\) is about .*, and this is a mamba: decompose_resid\(\)"):
         getattr(cache, method)(1)
     _, _, cache = cached("transformer")
-    assert isinstance(getattr(cache, method)(1), torch.Tensor)
+    if method == "get_full_resid_decomposition":
+        with pytest.raises(BadArgument, match=r"take decompose_resid\(\), stack_head_results\(\)"):
+            cache.get_full_resid_decomposition(1)
+    else:
+        assert isinstance(getattr(cache, method)(1), torch.Tensor)
 
 
 @pytest.mark.parametrize("architecture", TINY)
