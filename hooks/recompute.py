@@ -106,7 +106,7 @@ def _part_of(frame: FrameType) -> Iterator[tuple[Any, bool]]:
             yield ctx, code.co_name == "backward"
     elif code.co_filename == _FILE and code.co_name == "unpack_hook":
         yield frame.f_locals.get("frame"), True
-    elif code.co_filename == _FILE and code.co_name == "checkpoint":
+    elif code.co_filename == _FILE and "gen" in code.co_varnames:  # checkpoint(), or what it calls from torch 2.14 on
         inside = getattr(frame.f_locals.get("gen"), "gi_frame", None)
         if inside is not None:
             yield inside.f_locals.get("new_frame"), False

@@ -37,8 +37,14 @@ _SEAL = "seal"
 _BLANK = "0" * 64
 # As JSON is written with and without spaces. Inside a string the quotes would be escaped, so this is an entry.
 _SLOT = re.compile(rb'"seal": ?"([0-9a-f]{64})"')
+# Levels of lists and objects in each other: what Python's own readers bear differs from version to version.
+_DEEPEST = 200
 # A JSON header longer than this is not a header (safetensors has the same limit).
 _LONGEST_HEADER = 100_000_000
+
+
+class TooDeep(ValueError):
+    """JSON, or what was to become JSON, that is nested too deep."""
 
 
 class Unreadable(BadArgument):
@@ -175,12 +181,36 @@ def content(path: str | os.PathLike[str], size: int | None = None) -> bytes:
 
 
 def parsed(text: str | bytes, path: str | os.PathLike[str], what: str = "it") -> Any:
-    """The JSON value of ``text``; raises :class:`Unreadable`, also for one that is nested too deep."""
+    """The JSON value of ``text``; raises :class:`Unreadable`, also for a value that is nested too deep."""
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        why = "is nested too deep" if isinstance(error, RecursionError) else "is not JSON"
+        return json_value(text)
+    except ValueError as error:
+        why = "is nested too deep" if isinstance(error, TooDeep) else "is not JSON"
         raise Unreadable(path, f"is damaged: {what} {why}") from error
+
+
+def json_value(text: str | bytes) -> Any:
+    """The JSON value of ``text``; raises ``ValueError``, and its :class:`TooDeep` as :func:`check_depth` does."""
+    try:
+        value = json.loads(text)
+    except RecursionError as error:
+        raise TooDeep(_TOO_DEEP) from error
+    check_depth(value)
+    return value
+
+
+def check_depth(value: Any) -> None:
+    """Raise :class:`TooDeep` for lists and mappings that are more than 200 levels deep in each other."""
+    level = [value] if isinstance(value, Mapping | list | tuple) else []
+    for _ in range(_DEEPEST):
+        parts = (part.values() if isinstance(part, Mapping) else part for part in level)
+        level = [item for part in parts for item in part if isinstance(item, Mapping | list | tuple)]
+        if not level:
+            return
+    raise TooDeep(_TOO_DEEP)
+
+
+_TOO_DEEP = f"it is nested more than {_DEEPEST} levels deep"
 
 
 def one_line(error: BaseException | str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import math
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -12,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 
 from hooks.errors import BadArgument, told, unknown
+from hooks.sealed import TooDeep, json_value
 
 Made = TypeVar("Made")
 T = TypeVar("T")
@@ -109,7 +109,9 @@ def named_values(flag: str, given: Collection[str]) -> dict[str, Any]:
         if not equals or not key:
             raise BadArgument(f'--{flag} takes name=value, not "{entry}"; e.g. --{flag} d=5')
         try:
-            options[key] = json.loads(value)
+            options[key] = json_value(value)
+        except TooDeep as error:
+            raise BadArgument(f"--{flag} {key}: {error}") from error
         except ValueError:
             options[key] = value
     return options

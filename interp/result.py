@@ -81,6 +81,10 @@ class Result:
     def __post_init__(self) -> None:
         # JSON's own view of them, so that a saved and a loaded result are equal.
         for name in ("config", "provenance"):
+            try:
+                sealed.check_depth(getattr(self, name))
+            except sealed.TooDeep as error:
+                raise BadArgument(f"{name} cannot be kept: {error}") from error
             object.__setattr__(self, name, json.loads(strict_json(getattr(self, name))))
         object.__setattr__(self, "checks", tuple(self.checks))
         for column, kind in self.table.dtypes.items():

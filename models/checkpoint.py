@@ -154,8 +154,9 @@ def check_card(card: Mapping[str, Any]) -> None:
     Long trainings call this before the first step, so that the last one cannot fail here.
     """
     try:
+        sealed.check_depth(card)
         json.dumps(dict(card), allow_nan=False)
-    except (TypeError, ValueError, RecursionError) as error:
+    except (TypeError, ValueError) as error:
         raise CheckpointError(f"the card is not JSON: {one_line(error)}") from error
     for place, value in _leaves(card, "card"):
         key = place.rsplit(".", 1)[-1]

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hooks.errors import BadArgument, told, unknown
+from hooks.sealed import json_value
 from interp.files import strict_json
 
 PRECISIONS = ("fp32", "bf16")
@@ -189,8 +190,8 @@ def _as_field(name: str, value: Any) -> Any:
 def read(path: Path) -> TrainConfig:
     """The recipe in a JSON file."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        values = json_value(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise BadArgument(f"cannot read the recipe {path}: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise BadArgument(f"{path} is not a recipe: it holds no JSON object")

@@ -276,9 +276,10 @@ def test_folders_that_are_none_are_refused(tmp_path: Path) -> None:
         with pytest.raises(BadArgument) as refused:
             Result.load(path)
         assert "\n" not in str(refused.value)
-    (folder / "result.json").write_text("[" * 5000)
-    with pytest.raises(BadArgument, match="nested too deep"):
-        Result.load(folder)
+    for text in ("[" * 250 + "]" * 250, "[" * 5000 + "]" * 5000, "[" * 100_000):
+        (folder / "result.json").write_text(text)
+        with pytest.raises(BadArgument, match="nested too deep"):
+            Result.load(folder)
     (folder / "result.json").unlink()
     os.mkfifo(folder / "result.json")
     with pytest.raises(BadArgument, match="it is a pipe"):
@@ -291,6 +292,10 @@ def test_what_cannot_be_kept_is_refused_at_once() -> None:
         Result({}, pd.DataFrame(), arrays={"a": np.array([{}], dtype=object)})
     with pytest.raises(BadArgument, match='column "when"'):
         Result({}, pd.DataFrame({"when": pd.to_datetime(["2020-01-01"])}))
+    nested: dict[str, Any] = {}
+    nested["itself"] = [nested]
+    with pytest.raises(BadArgument, match="config cannot be kept: it is nested more than 200"):
+        Result(nested, pd.DataFrame())
 
 
 @pytest.mark.contract
