@@ -78,7 +78,7 @@ def test_tasks_to_mix_are_flags_too() -> None:
     ]
     with pytest.raises(BadArgument, match="takes name=value"):
         command.resolve(config("--recipe", "mamba-linreg", "--mix", "linreg:skewed"))
-    with pytest.raises(BadArgument, match="--mix .*: it is nested more than 200 levels deep"):
+    with pytest.raises(BadArgument, match=r"--mix .*: it is nested more than 200 levels deep"):
         command.resolve(config("--recipe", "mamba-linreg", "--mix", f"linreg:d={'[' * 300 + ']' * 300}"))
 
 
