@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
     Alike = Mapping[int, Mapping[tuple[int, int], Mapping[str, Similarity]]]
 
-QUICK = 40
+QUICK = 64
 STEMS = ("mamba", "s4d", "lti-mamba")
 FP32 = 1e-4
 """Largest difference between two fp32 paths of one function, relative to the largest value."""

@@ -56,9 +56,9 @@ class Edit:
         if self.pos is None and self.channels is None:
             return _conform(self.change(tensor, tensor, site), tensor, site, self.label)
         at, columns = _axes(site)
-        chosen = {columns: _indices(self.channels, tensor.shape[columns], "channels", site)}
+        chosen = {columns: indices(self.channels, tensor.shape[columns], "channels", site)}
         if at is not None:
-            chosen[at] = _indices(self.pos, tensor.shape[at], "pos", site)
+            chosen[at] = indices(self.pos, tensor.shape[at], "pos", site)
         elif self.pos is not None:
             raise BadArgument(f"{self.label} at {site} takes no pos=: this site has no position axis")
         region = tensor
@@ -95,7 +95,7 @@ class Edit:
                 len(chosen) if chosen.dtype == torch.bool else max(known, 1 + int(chosen.max()) if len(chosen) else 0)
             )
             ends = [] if chosen.dtype == torch.bool else chosen.long().tolist()
-            counted = _indices(self.pos, size, "pos", site).tolist()
+            counted = indices(self.pos, size, "pos", site).tolist()
         if any(end < 0 for end in ends):
             raise BadArgument(f"{self.label} at {site}: positions of a sequence count from its first token, 0, 1, …")
         if self.across_positions:
@@ -120,7 +120,7 @@ class Edit:
 
     def positions(self, length: int, site: str) -> list[int]:
         """The positions that the edit touches in a prompt of ``length`` tokens, in the order given."""
-        return _indices(self.pos, length, "pos", site).tolist()
+        return indices(self.pos, length, "pos", site).tolist()
 
 
 def _rows(value: float | Tensor, rows: list[int], count: int, axes: int, site: str) -> float | Tensor:
@@ -134,7 +134,11 @@ def _rows(value: float | Tensor, rows: list[int], count: int, axes: int, site: s
     return value.index_select(axis, torch.tensor(rows, device=value.device))
 
 
-def _indices(chosen: Index, size: int, what: str, site: str) -> Tensor:
+def indices(chosen: Index, size: int, what: str, site: str) -> Tensor:
+    """``chosen`` (integers, a slice, a mask, None for all) as places in ``size``, none of them twice.
+
+    Raises :class:`BadArgument` for anything else; ``what`` is the argument's name and ``site`` what is picked from.
+    """
     if chosen is None:
         return torch.arange(size, device="cpu")
     if isinstance(chosen, slice):
@@ -155,7 +159,7 @@ def _indices(chosen: Index, size: int, what: str, site: str) -> Tensor:
             raise BadArgument(f"{what}={told(chosen)} is outside {site}, which has {size}")
         found = found % size if size else found
     if len(found) == 0:
-        raise BadArgument(f"{what}={told(chosen)} picks nothing of the {size} at {site}: nothing would be edited")
+        raise BadArgument(f"{what}={told(chosen)} picks nothing of the {size} of {site}")
     if len(found.unique()) < len(found):
         raise BadArgument(f"{what}={told(chosen)} picks the same entry of {site} twice")
     return found
@@ -189,7 +193,7 @@ def region_of(values: Tensor, pos: Index, channels: Index, site: str) -> Tensor:
     at, columns = _axes(site)
     for axis, chosen, what in ((at, pos, "pos"), (columns, channels, "channels")):
         if axis is not None and values.shape[axis] != 1:
-            index = _indices(chosen, values.shape[axis], what, site)
+            index = indices(chosen, values.shape[axis], what, site)
             values = values.index_select(axis, index.to(values.device))
     return values
 
@@ -397,10 +401,13 @@ def resample(
     return Edit("resample()", change, constant, pos, channels)
 
 
-def derangement(size: int, seed: int = 0) -> Tensor:
-    """A permutation of ``size`` indices without a fixed point: a shuffled cycle, the same for the same seed."""
+def derangement(size: int, seed: int = 0, asks: str = "resample() takes another prompt's value") -> Tensor:
+    """A permutation of ``size`` indices without a fixed point: a shuffled cycle, the same for the same seed.
+
+    Raises :class:`BadArgument` for fewer than two; ``asks`` says what the other prompt is for.
+    """
     if size < 2:
-        raise BadArgument("resample() takes another prompt's value and this batch has one prompt: give it more")
+        raise BadArgument(f"{asks} and this batch has one prompt: give it more")
     order = torch.randperm(size, generator=torch.Generator().manual_seed(seed), device="cpu")
     result = torch.empty_like(order)
     result[order] = order.roll(1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import sys
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -80,11 +80,6 @@ def one_of(name: str, value: object, options: Collection[str]) -> str:
     if not isinstance(value, str) or value not in options:
         raise BadArgument(unknown(f"value of {name}", value, options))
     return value
-
-
-def several(given: str | Iterable[T]) -> tuple[T, ...]:
-    """``given`` as a tuple; a text is one name and not its letters."""
-    return (given,) if isinstance(given, str) else tuple(given)  # type: ignore[arg-type, return-value]
 
 
 def listed(name: str, value: Any) -> list[Any]:

@@ -27,7 +27,7 @@ from jaxtyping import Float, Inexact, Int
 from torch import Tensor
 
 from hooks.brief import brief
-from hooks.edit import Index
+from hooks.edit import Index, indices
 from hooks.errors import BadArgument, TooLarge
 from hooks.inputs import readable
 from hooks.memory import allowed_memory
@@ -36,7 +36,7 @@ from interp.contributions import Contributions, contributions
 from interp.inside import INSIDE, inside_of, taps_of
 from interp.pairs import all_pairs
 from interp.progress import followed
-from interp.recurrence import Recurrence, adjoints, edited, mixer_of, observe, picked, real
+from interp.recurrence import Recurrence, adjoints, edited, mixer_of, observe, real
 
 __all__ = ["INSIDE", "Attention", "Contributions", "contributions", "matrix"]
 
@@ -109,7 +109,7 @@ def matrix(
     _, mixer = mixer_of(model, layer, chosen.sites)
     readable(model, x)
     columns = _channels(channels, heads, mixer.axis_sizes())
-    rows = picked("queries", queries, x.shape[1])
+    rows = indices(queries, x.shape[1], "queries", "the positions")
     size = 2 * x.shape[0] * len(columns) * len(rows) * x.shape[1] * next(model.parameters()).element_size()
     limit = allowed_memory(x.device, max_memory)
     if size > limit:
@@ -163,13 +163,14 @@ def matrix(
 
 def _channels(channels: Index, heads: Index, sizes: Mapping[str, int]) -> Int[Tensor, "channel"]:
     if heads is None:
-        return picked("channels", channels, sizes["d_inner"])
+        return indices(channels, sizes["d_inner"], "channels", "d_inner")
     if channels is not None:
         raise BadArgument("channels= and heads= were both given: a head is all of its channels")
     if "head" not in sizes:
         raise BadArgument(f"this model has no heads, it has {sizes['d_inner']} channels: use channels=")
     each = sizes["d_inner"] // sizes["head"]
-    return (picked("heads", heads, sizes["head"])[:, None] * each + torch.arange(each, device="cpu")).reshape(-1)
+    first = each * indices(heads, sizes["head"], "heads", "the heads")
+    return (first[:, None] + torch.arange(each, device="cpu")).reshape(-1)
 
 
 def _values(seen: Recurrence, columns: Tensor, queries: Tensor) -> tuple[Tensor, Shares, Shares]:

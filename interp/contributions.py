@@ -21,14 +21,14 @@ from torch import Tensor
 
 import hooks
 from hooks.brief import brief
-from hooks.edit import Edit, Index
+from hooks.edit import Edit, Index, indices
 from hooks.errors import BadArgument, told
 from hooks.gradients import refuse_gradients
 from hooks.inputs import gradients_can_be, readable
 from hooks.onlookers import watched
 from interp.inside import Inside, inside_of, taps_of
 from interp.progress import followed
-from interp.recurrence import Inner, Recurrence, edited, mixer_of, observe, picked
+from interp.recurrence import Inner, Recurrence, edited, mixer_of, observe
 
 Prompts = Float[Tensor, "batch"]
 Scalar = Callable[[Any], Tensor]
@@ -116,7 +116,7 @@ def contributions(
         raise BadArgument("contributions are to one number: give weights= (of the scan's output) or scalar=, not both")
     if finite is not False and scalar is None:
         raise BadArgument("finite= is for a scalar of the model's output: with weights the contributions are exact")
-    tokens = picked("finite", None if isinstance(finite, bool) else finite, x.shape[1])
+    tokens = indices(None if isinstance(finite, bool) else finite, x.shape[1], "finite", "the positions")
     prefix, _ = mixer_of(model, layer, chosen.sites)
     value: Tensor | None = None
     effect: Tensor | None = None

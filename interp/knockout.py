@@ -116,8 +116,11 @@ def left(
     stats.valid(n_boot, level)
     edits = knock_out(model, pairs, layers, inside)
     size, length = x.shape[0], x.shape[1]
+    if other is None:
+        swapped = x[derangement(size, seed, "left puts another prompt's tokens in (or those of other=)")]
+    else:
+        swapped = readable(model, other, "other")
     mask = _Chosen(pairs).mask(size, length).expand(size, -1, -1).to(x.device)
-    swapped = x[derangement(size, seed)] if other is None else readable(model, other, "other")
     if swapped.shape != x.shape:
         raise BadArgument(f"other prompts {tuple(swapped.shape)}, these {tuple(x.shape)}: give one shape")
     remaining, whole = (torch.zeros(size, dtype=torch.float64, device=x.device) for _ in range(2))

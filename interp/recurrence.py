@@ -26,12 +26,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Inexact, Int
+from jaxtyping import Float, Inexact
 from torch import Tensor
 
 import hooks
 from hooks.brief import brief
-from hooks.edit import Edit, Index
+from hooks.edit import Edit
 from hooks.errors import BadArgument, told
 from hooks.onlookers import state_edits, watched
 from hooks.sites import points
@@ -284,17 +284,3 @@ def mixer_of(model: Any, layer: int, kinds: Sequence[str]) -> tuple[str, Any]:
             f"layer {layer} of this {name} has no {', '.join(missing)}, of which this attention is made: it {what}"
         )
     return prefix, mixer
-
-
-def picked(what: str, chosen: Index, size: int) -> Int[Tensor, "some"]:
-    """``chosen`` (integers, a slice, a mask, None for all) as positions in ``size``; raises :class:`BadArgument`."""
-    places = torch.arange(size, device="cpu")
-    try:
-        found = places if chosen is None else places[chosen].reshape(-1)
-    except (IndexError, TypeError) as error:
-        raise BadArgument(
-            f"{what}={told(chosen)} does not pick from the {size} that there are: give integers, a slice or a mask"
-        ) from error
-    if not len(found):
-        raise BadArgument(f"{what}={told(chosen)} picks none of the {size} that there are")
-    return found

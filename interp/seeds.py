@@ -54,17 +54,17 @@ def generator(purpose: str, seed: int, *index: int) -> torch.Generator:
 
 def normal(shape: Sequence[int], generator: torch.Generator, dtype: torch.dtype = torch.float32) -> Tensor:
     """N(0, 1) numbers on the generator's device: neither torch's default dtype nor its default device changes them."""
-    return torch.randn(tuple(shape), generator=generator, dtype=dtype, device=generator.device)
+    return torch.randn(tuple(shape), generator=generator, dtype=dtype, device=_place(generator))
 
 
 def uniform(shape: Sequence[int], generator: torch.Generator, dtype: torch.dtype = torch.float32) -> Tensor:
     """Numbers in [0, 1) on the generator's device, as :func:`normal`."""
-    return torch.rand(tuple(shape), generator=generator, dtype=dtype, device=generator.device)
+    return torch.rand(tuple(shape), generator=generator, dtype=dtype, device=_place(generator))
 
 
 def integers(low: int, high: int, shape: Sequence[int], generator: torch.Generator) -> Tensor:
     """Whole numbers low … high − 1 on the generator's device."""
-    return torch.randint(low, high, tuple(shape), generator=generator, device=generator.device)
+    return torch.randint(low, high, tuple(shape), generator=generator, device=_place(generator))
 
 
 def signs(shape: Sequence[int], generator: torch.Generator) -> Tensor:
@@ -74,4 +74,13 @@ def signs(shape: Sequence[int], generator: torch.Generator) -> Tensor:
 
 def order(size: int, generator: torch.Generator) -> Tensor:
     """0 … size − 1 in a random order, on the generator's device."""
-    return torch.randperm(size, generator=generator, device=generator.device)
+    return torch.randperm(size, generator=generator, device=_place(generator))
+
+
+def _place(generator: torch.Generator) -> torch.device:
+    """The device of ``generator``; raises ``BadArgument`` for what is none."""
+    if not isinstance(generator, torch.Generator):
+        raise BadArgument(
+            f"generator={told(generator)} does not work; give a torch.Generator, e.g. torch.Generator().manual_seed(0)"
+        )
+    return generator.device

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from hooks.errors import BadArgument
 from interp import seeds
-from interp.arguments import between, chosen, several, whole_number
+from interp.arguments import between, chosen, listed, whole_number
 from interp.tasks import inputs
 from interp.tasks.base import Batch, Model, Task, at_the_query
 from interp.tasks.regression import Regression, true_or_false
@@ -91,7 +91,7 @@ def apply(task: Task, asked: Asked | Sequence[Asked]) -> Task:
     Raises ``BadArgument`` with the reason where a shift or the combination makes no sense.
     """
     alone = isinstance(asked, tuple | list) and len(asked) == 2 and isinstance(asked[1], Mapping)
-    each: Sequence[Any] = [asked] if alone else several(asked)
+    each: Sequence[Any] = [asked] if alone else listed("shifts", asked)
     given = [build(one) if isinstance(one, str) else build(one[0], **dict(one[1])) for one in each]
     if not given:
         return task

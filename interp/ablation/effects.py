@@ -28,7 +28,7 @@ from torch import Tensor, nn
 import hooks
 from hooks.errors import BadArgument, unknown
 from hooks.inputs import fed
-from interp.arguments import several
+from interp.arguments import listed
 from interp.evaluate import errors
 from interp.tasks.base import Batch, Task
 from interp.workers import at_once, side_by_side
@@ -84,7 +84,7 @@ def lacking(model: Any) -> list[str]:
 
 def modes_of(kinds: Iterable[str], scales: Iterable[float]) -> list[str]:
     """Every mode on Δ for these kinds of token and these factors; without all-mean."""
-    freeze = [f"freeze:{kind}" for kind in several(kinds)]
+    freeze = [f"freeze:{kind}" for kind in listed("kinds", kinds)]
     return [*MEANS, "resample", *freeze, *(f"scale×{factor:g}" for factor in scales)]
 
 
@@ -99,7 +99,7 @@ def cells_of(
     Signals that the model lacks are left out (``lacking`` names them). Raises :class:`BadArgument` for a mode or a
     layer that there is not, and where nothing is left.
     """
-    known, modes = [*modes_of(kinds, scales), ALL_MEAN], several(modes)
+    known, modes = [*modes_of(kinds, scales), ALL_MEAN], listed("modes", modes)
     for mode in modes:
         if mode not in known:
             raise BadArgument(unknown("mode", mode, known))
@@ -133,7 +133,7 @@ class Reference:
         wanted = [f"*.{SIGNALS[s][0]}" for s in ("delta", "B", "C", "gate") if has(model, s)]
         if not has(model, "delta"):
             raise BadArgument("the model has no hook_delta: there is no time step to replace")
-        self.kinds, self.kind_names = batch.kinds.cpu(), several(kind_names)
+        self.kinds, self.kind_names = batch.kinds.cpu(), listed("kind_names", kind_names)
         self.record = hooks.record(model, fed(model, batch.tokens), wanted)
         self._means: dict[str, dict[str, Tensor]] = {mode: {} for mode in MEANS}
         for name, value in self.record.items():
@@ -223,7 +223,7 @@ class Ablation:
 
     def unedited(self, sites: Iterable[str]) -> Float[Tensor, "n n_pairs"]:
         """``clean`` again, with hooks that only look at these sites: on the path that edits of them would take."""
-        with self.model.hooks(fwd_hooks=[(site, lambda value, hook: None) for site in several(sites)]):
+        with self.model.hooks(fwd_hooks=[(site, lambda value, hook: None) for site in listed("sites", sites)]):
             return errors(self.model, self.task, batch=self.batch, batch_size=self.chunk)
 
     def sweep(self, cells: Sequence[Cell], tick: Callable[[], object] = lambda: None) -> dict[Cell, Tensor]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from hooks.brief import brief
 from hooks.errors import BadArgument, MambascopeError
 from interp import evaluate, seeds, shifts, stats
-from interp.arguments import name_and_options, several
+from interp.arguments import listed, name_and_options
 from interp.curves.rivals import Rival
 from interp.tasks import Batch, Task, TokenTask, inputs
 from interp.tasks.regression import Regression
@@ -94,7 +94,8 @@ def settings(task: Task, asked: Sequence[str], longer: int, prompts: int) -> tup
             found.append(setting(f"{longer} times as long", task, max(prompts // 2, 2), n_pairs))
         except BadArgument as reason:
             left.append(f"no longer prompts: {reason}")
-    chosen = () if several(asked) == ("none",) else several(asked)
+    asked = listed("shifts", asked)
+    chosen = [] if asked == ["none"] else asked
     for text in chosen or (() if asked or isinstance(task, TokenTask) else USUAL):
         try:
             found.append(setting(text, shifts.apply(task, [_shift(one) for one in text.split("+")]), prompts))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hooks.errors import BadArgument, unknown
 from interp import estimators
-from interp.arguments import known_options, name_and_options, several
+from interp.arguments import known_options, listed, name_and_options
 from interp.tasks import Batch, Task, TokenTask
 
 EXTRA = {
@@ -91,7 +91,7 @@ def build(task: Task, asked: Sequence[str]) -> list[Rival]:
     Raises ``BadArgument`` for a name, an option or a value that does not work, and for an estimator that cannot
     answer this task.
     """
-    own, asked = baselines(task), several(asked)
+    own, asked = baselines(task), listed("rivals", asked)
     doubled = sorted({text for text in asked if asked.count(text) > 1})
     if doubled:
         raise BadArgument(f"the rival {doubled[0]} is given twice; give each once")

@@ -15,7 +15,7 @@ import hooks
 from hooks.brief import brief
 from hooks.inputs import fed
 from interp import evaluate, probe, seeds
-from interp.arguments import several
+from interp.arguments import listed
 from interp.features.transform import Transform, Unpaired, even, features, transform, unpaired, writes
 from interp.features.variants import ablated
 from interp.states import reading as states
@@ -139,7 +139,7 @@ def study(subject: Subject, asked: Plan, ks: Sequence[int], whats: Sequence[str]
     }
     transforms = {}
     for layer, one in enumerate(layers):
-        for what in several(whats):
+        for what in listed("whats", whats):
             values = one.step if what == STEP else one.write(held=what == HELD)
             order = 0 if what == STEP else asked.order
             made = transform(values, asked.asked, order, asked.order, seed=asked.seed)

@@ -20,7 +20,7 @@ from hooks import Record
 from hooks.errors import BadArgument
 from hooks.inputs import fed, first_weight
 from interp import seeds
-from interp.arguments import several, whole_number
+from interp.arguments import listed, whole_number
 from interp.layers.lens import joint, query_tokens
 from interp.similarity import effective_rank
 from interp.tasks.base import Batch
@@ -32,7 +32,7 @@ BUDGET = 2**25
 def missing(model: Any, kinds: Sequence[str]) -> list[str]:
     """Which of these kinds of site (``hook_state`` …) the model does not have."""
     have = {name.rsplit(".", 1)[-1] for name in model.hook_dict}
-    return [kind for kind in several(kinds) if kind not in have]
+    return [kind for kind in listed("kinds", kinds) if kind not in have]
 
 
 def need(model: Any, kinds: Sequence[str], what: str, name: str = "the model") -> None:
@@ -41,7 +41,7 @@ def need(model: Any, kinds: Sequence[str], what: str, name: str = "the model") -
     if lacking:
         raise BadArgument(
             f"{name} has no {' and no '.join(lacking)}: {what} needs a recurrence with "
-            f"{', '.join(several(kinds))}; hooks.sites(model) lists what there is"
+            f"{', '.join(listed('kinds', kinds))}; hooks.sites(model) lists what there is"
         )
 
 
@@ -52,7 +52,7 @@ def walk(
 
     ``budget``: numbers that a chunk's sites may hold. Layers without the first kind are left out.
     """
-    kinds = several(kinds)
+    kinds = listed("kinds", kinds)
     sites = [[n.rsplit(".", 1)[0] + f".{kind}" for kind in kinds] for n in hooks.resolve(model, f"*.{kinds[0]}")]
     names = [name for layer in sites for name in layer]
     tokens = fed(model, tokens)

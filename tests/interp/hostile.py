@@ -156,6 +156,12 @@ VERBS: dict[str, Callable[[Any], Any]] = {
 }
 
 
+REFUSED = {
+    (verb, value)
+    for verb in ("matrix, channels", "matrix, queries", "contributions, finite", "zero, pos", "zero, channels")
+    for value in ("a long tensor", "an array", "a cube", "10 kB", "a dict", "an object", "not a number")
+}
+"""What has no meaning at all: not even a result will do."""
 REPR = re.compile(r"(?<![\w.])(tensor|array|Linear|Mamba)\(|\[ ?\[|\d\.\d+, |x{120}")
 """What only the repr of a tensor, an array or a model has, or a name that was not cut."""
 
@@ -168,6 +174,8 @@ def faults() -> Iterator[dict[str, str]]:
                 made = call(value)
                 if inspect.isgenerator(made):
                     list(made)
+                if (verb, name) in REFUSED:
+                    yield {"verb": verb, "value": name, "says": "nothing: it was taken"}
             except MambascopeError as error:
                 text = str(error)
                 if "\n" in text or len(text) > 400 or REPR.search(text):

@@ -300,7 +300,7 @@ def test_what_is_asked_wrongly_is_refused_in_one_line() -> None:
         ("scalar returned float", {"scalar": lambda out: 1.0}),
         ("does not depend on the scan of layer 1", {"scalar": lambda out: x[:, 0, 0]}),
         ("does not depend on the scan of layer 1", {"scalar": lambda out: out[:, -1, 0].detach()}),
-        ("finite=11 does not pick", {"scalar": last, "finite": 11}),
+        ("finite=11 is outside the positions", {"scalar": last, "finite": 11}),
         ("cannot be split over tokens", {"weights": ones, "edits": {MIXER + "hook_state": torch.tanh}}),
     ]
     for message, options in wrong:

@@ -432,6 +432,7 @@ def test_what_cannot_be_knocked_out_is_refused_in_one_line(x: Tensor) -> None:
         (lambda: patch.between([9], [1], 9), "source=9"),
         (lambda: patch.between(torch.ones(3, dtype=torch.bool), [1], 9), "a mask of sources"),
         (lambda: patch.left(model, x, [(2, 8)], other=x[1:]), "give one shape"),
+        (lambda: patch.left(model, x[:1], [(2, 8)]), "left puts another prompt's tokens in .* has one prompt"),
         (lambda: patch.left(model, x, [(2, 8)], other=x), "nothing to knock out"),
     ):
         with pytest.raises(BadArgument, match=message) as error:
