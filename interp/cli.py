@@ -44,6 +44,7 @@ DONE, FAILED, WRONG = 0, 1, 2
 SHORT_WAIT = ("GOMP_SPINCOUNT", "10000")
 """How long torch's threads wait in a busy loop for their next task, read when torch is loaded. The default of some
 milliseconds holds the cores that a compiled scan, the next thing to run, needs."""
+STOPS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
 ConfigT = TypeVar("ConfigT")
 Positional = tyro.conf.Positional
 """Marks a field that is given without a flag: ``Annotated[str, cli.Positional]``."""
@@ -82,7 +83,7 @@ def main(module: ModuleType, argv: Sequence[str] | None = None) -> int:
     streams.open_closed()
     streams.take_every_letter()
     try:
-        with _sigterm_as_ctrl_c():
+        with _stops_as_ctrl_c():
             return streams.flushed(_run(module, argv))
     except BaseException as error:
         code, line = explain(error)
@@ -121,26 +122,28 @@ def _run(module: ModuleType, argv: Sequence[str] | None) -> int:
     return DONE
 
 
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM, which a scheduler sends before it kills: it ends a command as Ctrl-C does."""
+class _Stopped(KeyboardInterrupt):
+    """A signal that ends a command as Ctrl-C does; its argument is the signal's name."""
 
 
 @contextlib.contextmanager
-def _sigterm_as_ctrl_c() -> Iterator[None]:
-    """Inside the block SIGTERM is an exception, unless it is ignored, or somebody else's, or this is a thread."""
+def _stops_as_ctrl_c() -> Iterator[None]:
+    """Inside the block SIGTERM, which a scheduler sends before it kills, and SIGHUP, of a terminal that is closed, are
+    exceptions, unless they are ignored (nohup), or somebody else's, or this is a thread.
+    """
 
     def stop(number: int, frame: FrameType | None) -> None:
-        raise _Terminated
+        raise _Stopped(signal.Signals(number).name)
 
     main = threading.current_thread() is threading.main_thread()
-    if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-        yield
-        return
-    signal.signal(signal.SIGTERM, stop)
+    ours = [number for number in STOPS if main and signal.getsignal(number) is signal.SIG_DFL]
     try:
+        for number in ours:
+            signal.signal(number, stop)
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _try(folder: Path) -> None:
@@ -198,7 +201,7 @@ def explain(error: BaseException) -> tuple[int, str]:
     if isinstance(error, _Usage):
         return WRONG, f"error: {error}"
     if isinstance(error, KeyboardInterrupt):
-        by = "SIGTERM" if isinstance(error, _Terminated) else "Ctrl-C"
+        by = str(error) if isinstance(error, _Stopped) else "Ctrl-C"
         return FAILED, (
             f"stopped by {by}; nothing is half-written, and the same command starts again "
             "(a training goes on from its last checkpoint)"

@@ -150,7 +150,7 @@ def test_every_shell_line_is_a_command_that_exists() -> None:
     lines = [line.split("#")[0].strip() for language, code in BLOCKS if language == "sh" for line in code.splitlines()]
     lines += re.findall(r"`(python -m analyses[^`]*)`", README)
     assert len(lines) >= 4
-    for line in filter(None, lines):
+    for line in filter(None, dict.fromkeys(lines)):
         words = shlex.split(line)
         if words[0] == "make":
             command = ["make", "-n", *words[1:]]

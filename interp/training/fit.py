@@ -75,16 +75,19 @@ class Stop:
 
 @contextlib.contextmanager
 def orderly_stop() -> Iterator[Stop]:
-    """Turn the first Ctrl-C or SIGTERM into a request that the loop honours between two steps.
+    """Turn the first Ctrl-C, SIGTERM or SIGHUP into a request that the loop honours between two steps.
 
-    An exception in the middle of an optimizer step would leave half of the weights updated. The
-    second signal does interrupt at once: the last checkpoint on the disk is whole in any case.
+    An exception in the middle of an optimizer step would leave half of the weights updated. The second signal does
+    interrupt at once: the last checkpoint on the disk is whole in any case. An ignored SIGHUP (nohup) stays ignored.
     """
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, stop) for number in numbers}
     try:
         yield stop
     finally:

@@ -122,7 +122,7 @@ def train(
 
     Raises :class:`BadArgument` when ``out`` cannot be written, or holds another recipe, a damaged
     resume file or a training that is running; :class:`RunFailed` when the loss is no longer finite,
-    the disk is full, or Ctrl-C (or SIGTERM) asked for a stop, after saving where it stopped.
+    the disk is full, or Ctrl-C (or SIGTERM, SIGHUP) asked for a stop, after saving where it stopped.
     """
     folder = Path(out)
     mix = mixed(task, config)

@@ -111,7 +111,7 @@ def ran(model: models.Root, folder: Path, name: str = "linreg", **options: Any) 
 
 
 @pytest.mark.planted
-@pytest.mark.parametrize(("scale", "shift"), [(1.0, 0.0), (2.0, -1.0)])
+@pytest.mark.parametrize(("scale", "shift"), [(1.0, 0.0), pytest.param(2.0, -1.0, marks=pytest.mark.slow)])
 def test_every_block_of_a_planted_model_has_its_algorithms_name(scale: float, shift: float, tmp_path: Path) -> None:
     """As it is under its own name; with a scale and a shift under none as it is, and under its own with them."""
     model = Planted(PlantedConfig(scale=scale, shift=shift))

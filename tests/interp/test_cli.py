@@ -23,6 +23,7 @@ from analyses import __main__ as listing
 from hooks.errors import BadArgument, RunFailed
 from interp import cli
 from interp.result import Result
+from interp.training.fit import orderly_stop
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.contract
@@ -310,8 +311,10 @@ raise SystemExit(cli.main(module, []))
 """
 
 
-@pytest.mark.parametrize(("number", "name"), [(signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM")])
-def test_ctrl_c_and_sigterm_are_one_line_and_exit_1(number: int, name: str) -> None:
+@pytest.mark.parametrize(
+    ("number", "name"), [(signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM"), (signal.SIGHUP, "SIGHUP")]
+)
+def test_ctrl_c_sigterm_and_sighup_are_one_line_and_exit_1(number: int, name: str) -> None:
     process = started("-c", INTERRUPTED)
     assert process.stdout is not None
     assert process.stdout.readline() == "running\n"
@@ -320,6 +323,23 @@ def test_ctrl_c_and_sigterm_are_one_line_and_exit_1(number: int, name: str) -> N
     assert (process.returncode, out) == (1, "")
     assert err.count("\n") == 1
     assert f"stopped by {name}; nothing is half-written" in err
+
+
+def test_under_nohup_a_closed_terminal_stops_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    def run(config: Config) -> Any:
+        os.kill(os.getpid(), signal.SIGHUP)
+        return result(config)
+
+    try:
+        assert cli.main(command(run), []) == 0
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        with orderly_stop() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop.name
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_sigterm_in_the_middle_of_saving_leaves_nothing_behind(

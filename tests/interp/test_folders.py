@@ -36,7 +36,7 @@ def content(final: Path) -> set[str]:
     return {(final / name).read_text() for name in NUMBERS}
 
 
-@pytest.fixture(params=["in one step", "in two"])
+@pytest.fixture(params=["in one step", pytest.param("in two", marks=pytest.mark.slow)])
 def steps(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "in two":
         monkeypatch.setattr(folders, "_exchanged", lambda first, second: False)

@@ -312,7 +312,7 @@ def random_hugging_face(layers: int, width: int, vocabulary: int = VOCABULARY) -
     return module
 
 
-DEEP = {(24, torch.float32), (48, torch.bfloat16), (64, torch.float16)}
+DEEP = {(24, torch.float32), (64, torch.float16)}
 """Of three depths and three types these are tried by default."""
 
 
