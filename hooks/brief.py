@@ -10,14 +10,19 @@ from typing import Any
 
 from hooks.errors import told
 
-LINES, COLUMNS = 10, 110
+LINES, COLUMNS = 10, 100
 
 
 def brief(self: Any) -> str:
     """The ``__repr__`` of a dataclass: its class, then each field with its axes, as its annotation names them."""
-    fields = [field.name for field in dataclasses.fields(self) if field.repr]
+    return lines(type(self).__name__, parts(self))
+
+
+def parts(self: Any) -> dict[str, str]:
+    """Each field of a dataclass or named tuple with its axes."""
+    named = getattr(self, "_fields", None) or [field.name for field in dataclasses.fields(self) if field.repr]
     axes = _axes(type(self))
-    return lines(type(self).__name__, {name: written(getattr(self, name), axes.get(name, "")) for name in fields})
+    return {name: written(getattr(self, name), axes.get(name, "")) for name in named}
 
 
 def lines(title: str, parts: Mapping[str, str]) -> str:
@@ -79,13 +84,13 @@ def _axes(kind: Any) -> dict[str, str]:
     except (NameError, TypeError, AttributeError):  # a name that only a type checker imports
         hints = {}
     found = {}
-    for field in dataclasses.fields(kind):
-        each = [hints.get(field.name), *typing.get_args(hints.get(field.name))]
+    for name, annotation in kind.__annotations__.items():
+        each = [hints.get(name), *typing.get_args(hints.get(name))]
         axes = next((one.dim_str for one in each if isinstance(getattr(one, "dim_str", None), str)), None)
         if axes is None:
-            match = re.search(r"\[[^\"']*,\s*[\"']([^\"']*)[\"']\]", str(field.type))
+            match = re.search(r"\[[^\"']*,\s*[\"']([^\"']*)[\"']\]", str(annotation))
             axes = match[1] if match else ""
-        found[field.name] = axes
+        found[name] = axes
     return found
 
 

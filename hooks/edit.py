@@ -383,7 +383,7 @@ def resample(
         def permute(region: Tensor, whole: Tensor, site: str) -> Tensor:
             return region[derangement(whole.shape[0], seed).to(region.device)]
 
-        return Edit("resample()", permute, None, pos, channels)
+        return Edit(f"resample({f'seed={seed}' if seed else ''})", permute, None, pos, channels)
     values = source
 
     def constant(site: str, shape: tuple[int, ...] | None) -> tuple[float, Tensor]:
@@ -398,7 +398,7 @@ def resample(
     def change(region: Tensor, whole: Tensor, site: str) -> Tensor:
         return affine_map(region, *constant(site, tuple(whole.shape)))
 
-    return Edit("resample()", change, constant, pos, channels)
+    return Edit("resample(source=…)", change, constant, pos, channels)
 
 
 def derangement(size: int, seed: int = 0, asks: str = "resample() takes another prompt's value") -> Tensor:

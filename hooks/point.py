@@ -13,6 +13,7 @@ What is added to ``HookedRootModule``:
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
@@ -55,6 +56,22 @@ class Point(HookPoint):
 
     def __call__(self, value: Tensor) -> Tensor:
         return emit(self, value)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Point:
+        """A copy with its hooks, as of any module."""
+        made = self.__class__.__new__(self.__class__)
+        memo[id(self)] = made
+        made.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return made
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle and ``torch.save``, which cannot take what TransformerLens makes of a hook."""
+        if self.fwd_hooks or self.bwd_hooks:
+            raise BadArgument(
+                f"a model with hooks or edits on it cannot be pickled ({self.listed or self.name} has one): leave the "
+                "with block or call model.reset_hooks() first; copy.deepcopy(model) takes them along"
+            )
+        return self.__dict__.copy()
 
     @unsplit
     def add_hook(self, hook: Hook, dir: Literal["fwd", "bwd"] = "fwd", *options: Any, **more: Any) -> Any:  # type: ignore[override]

@@ -227,11 +227,24 @@ def _size(path: str | os.PathLike[str]) -> int:
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise Unreadable(path, f"cannot be read: {reason}") from error
-    if not stat.S_ISREG(found.st_mode):
-        kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
-        kind = kinds.get(stat.S_IFMT(found.st_mode), "a device")
-        raise Unreadable(path, f"cannot be read: it is {kind}, not a regular file")
+    _check_regular(found.st_mode, path, "read")
     return found.st_size
+
+
+def check_target(path: str | os.PathLike[str]) -> None:
+    """Raise :class:`Unreadable` where a file at ``path`` would take the place of a device, a pipe or a folder."""
+    try:
+        mode = Path(path).stat().st_mode
+    except (OSError, ValueError):  # not there, or a name that writing will refuse
+        return
+    _check_regular(mode, path, "written")
+
+
+def _check_regular(mode: int, path: str | os.PathLike[str], done: str) -> None:
+    if not stat.S_ISREG(mode):
+        kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+        kind = kinds.get(stat.S_IFMT(mode), "a device")
+        raise Unreadable(path, f"cannot be {done}: it is {kind}, not a regular file")
 
 
 def _check_memory(needed: int, path: str | os.PathLike[str]) -> None:

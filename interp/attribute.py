@@ -131,10 +131,10 @@ class Integrated:
     baseline  a₀, in the shape of ``values``
     """
 
-    values: Tensor
+    values: Float[Tensor, "batch *site"]
     total: Float[Tensor, " batch"]
     gap: Float[Tensor, " batch"]
-    baseline: Tensor
+    baseline: Float[Tensor, "batch *site"]
 
     __repr__ = brief
 

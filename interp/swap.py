@@ -47,6 +47,10 @@ class Swap:
         self._one, self._two = _states(model, first[:, :at]), _states(model, second[:, :at])
         self.first, self.second = self._go_on(self._one), self._go_on(self._two)
 
+    def __repr__(self) -> str:
+        prompts, rest = self.rest.shape[:2]
+        return f"Swap: {prompts} pairs of prompts, swapped at {self.at}, {rest} tokens after; {', '.join(self.parts)}"
+
     @property
     def parts(self) -> tuple[str, ...]:
         """The parts of the state that the model has in any layer."""

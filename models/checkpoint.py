@@ -72,6 +72,10 @@ def save(model: Any, path: str | os.PathLike[str], card: Mapping[str, Any]) -> N
     Raises :class:`RunFailed` where the disk is full or failing.
     """
     target = _path(path)
+    try:
+        sealed.check_target(target)
+    except sealed.Unreadable as error:
+        raise CheckpointError(f"{_shown(target)} {error.reason}") from error
     check_card(card)
     root, tensors = _checked(model)
     _check_finite(tensors, target)

@@ -27,8 +27,8 @@ _ELEMENTWISE = {
 _IN_PLACE = {"normal_", "uniform_", "copy_", "fill_", "zero_", "div_", "mul_", "__itruediv__", "__imul__"}
 
 
-USUAL = 4096
-"""Whole numbers of a configuration up to which no look is taken at the memory that its model needs."""
+USUAL = 2**28
+"""Weights up to which no look is taken at the memory that a model needs: 1 GB in fp32."""
 LAYER = 100_000
 """Bytes of the Python objects of one layer, about."""
 
@@ -80,19 +80,20 @@ def outline(architecture: str, config: Mapping[str, Any]) -> Root:
 def check_size(architecture: str, config: Any) -> None:
     """Raise :class:`TooLarge` where a model of ``config`` has more weights than there is free memory."""
     fields = dataclasses.asdict(config)
-    # Looked at only where a number is unusual: an outline takes as long as a small model.
-    if max(value for value in fields.values() if isinstance(value, int)) <= USUAL:
-        return
     layers = fields.get("n_layers", 1)
+    others = [value for name, value in fields.items() if isinstance(value, int) and name != "n_layers"]
+    # An outline takes as long as a small model. No tensor has more weights than three of the numbers multiplied.
+    if layers * max(others, default=1) ** 3 <= USUAL:
+        return
     model = outline(architecture, {**fields, **({"n_layers": 1} if "n_layers" in fields else {})})
     weights = [*model.parameters(), *(value for part in _unlisted(model) for value in part.parameters())]
     layer = LAYER + fields.get("n_ctx", 0) ** 2  # TransformerLens makes a mask of every layer, which goes again
     needed = layers * (layer + sum(value.numel() * value.element_size() for value in weights))
     free = free_memory(torch.device("cpu"))
     if needed > free:
-        size = ", ".join(
-            f"{name}={value}" for name, value in fields.items() if isinstance(value, int) and value > USUAL
-        )
+        sizes = {name: value for name, value in fields.items() if isinstance(value, int)}
+        largest = sorted(sizes, key=lambda name: sizes[name], reverse=True)[:3]
+        size = ", ".join(f"{name}={value}" for name, value in sizes.items() if name in largest)
         raise TooLarge(
             f"a {architecture} with {size} takes about {needed / 1e9:,.0f} GB, and {free / 1e9:,.0f} GB are free: "
             "give a smaller one"

@@ -220,7 +220,8 @@ def around(
     y, h_last = scan(x, None if state is None else state.h, return_state)
     y = emit(mixer.hook_y, y.to(x.dtype).contiguous())
     skip = emit(mixer.hook_skip, mixer.D.to(x.dtype) * x)
-    out = emit(mixer.hook_out, F.glu(mixer.out_proj(F.gelu(y + skip)), dim=-1))
+    value, gate = mixer.out_proj(F.gelu(y + skip)).chunk(2, dim=-1)
+    out = emit(mixer.hook_out, value * gate.sigmoid())  # the GLU; torch's own has no second derivative forwards
     return out, None if h_last is None or not return_state else LayerState(None, h_last)
 
 

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import register_pytree_node
 
 from hooks import inputs
+from hooks.brief import lines, parts
 from hooks.compiled import never_compiled
 from hooks.errors import BadArgument, told
 from hooks.finite import check_input, check_weights, checked
@@ -34,6 +35,9 @@ class LayerState(NamedTuple):
     h: Float[Tensor, "batch d_inner n"]
     """The recurrence's state (complex states as real parts, then imaginary parts)."""
 
+    def __repr__(self) -> str:
+        return f"LayerState({'; '.join(f'{name} {text}' for name, text in parts(self).items())})"
+
 
 State = Sequence[LayerState]
 
@@ -48,6 +52,10 @@ class Carried(list[LayerState]):
     def __init__(self, layers: Iterable[LayerState] = (), seen: int | None = None) -> None:
         super().__init__(layers)
         self.seen = seen
+
+    def __repr__(self) -> str:
+        each = {f"layer {i}": repr(layer) for i, layer in enumerate(self)}
+        return lines(f"Carried after {'?' if self.seen is None else self.seen} tokens", each)
 
 
 # So that torch's transforms go into it as they go into a list.

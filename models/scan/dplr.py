@@ -192,21 +192,25 @@ def cauchy(
         torch.polar(angle.new_ones(()), angle).to(read.dtype),
     )
     poles = 2 * scale * system.diagonal
+    along, across = poles.real, poles.imag
     left = torch.stack([cut, P], 1)
     # Rows c and P against columns b and P, each with its conjugate: ½ Σ (conj(l) r R(Λ) + l conj(r) R(conj Λ)).
     weights = rearrange(
         left.conj()[:, :, None] * torch.stack([source, P], 1)[:, None], "channels l r n -> channels (l r) n"
     )
-    sums = weights @ _inverse(sine, cosine, poles) + weights.conj() @ _inverse(sine, cosine, poles.conj())
+    # Not poles.conj().imag: torch.vmap cannot go through the lazy minus of that.
+    sums = weights @ _inverse(sine, cosine, along, across) + weights.conj() @ _inverse(sine, cosine, along, -across)
     cb, cp, pb, pp = (sums / 2).unbind(1)
     gain = 4 * cosine * scale
     transform = 2 * turn * (cb - cp * gain * pb / (1 + gain * pp))
     return torch.fft.irfft(transform, n=length, dim=-1)
 
 
-def _inverse(sine: Tensor, cosine: Tensor, poles: Vectors) -> Complex[Tensor, "channels n points"]:
-    """The Cauchy matrix 1 / (4 i sin(φ/2) − cos(φ/2) · 2 Δ Λ)."""
-    return 1 / torch.complex(-cosine * poles.real[..., None], 4 * sine - cosine * poles.imag[..., None])
+def _inverse(
+    sine: Tensor, cosine: Tensor, along: Float[Tensor, "channels n"], across: Float[Tensor, "channels n"]
+) -> Complex[Tensor, "channels n points"]:
+    """The Cauchy matrix 1 / (4 i sin(φ/2) − cos(φ/2) · 2 Δ Λ), 2 Δ Λ = ``along`` + i ``across``."""
+    return 1 / torch.complex(-cosine * along[..., None], 4 * sine - cosine * across[..., None])
 
 
 def _once(transition: Transition, h: Complex[Tensor, "channels batch n"]) -> Complex[Tensor, "channels batch n"]:

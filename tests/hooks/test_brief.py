@@ -19,6 +19,7 @@ from hooks.brief import COLUMNS, LINES, brief, lines, written
 from interp import attention, patch, probe, similarity, stats, tasks
 from interp.contributions import contributions
 from interp.result import Check, Result
+from interp.swap import Swap
 from interp.training.train import Trained
 from tests.hooks.conftest import build
 from tests.interp.planted import last
@@ -94,6 +95,8 @@ def everything() -> list[Any]:
         probe.ridge(rows.numpy(), {"w": rows[:, :1].numpy()}, untrained=None, running_sum=None)["w"],
         stats.bootstrap(rows),
         hooks.set_to(x, pos=[7]),
+        model(x, return_state=True)[1],
+        Swap(model, x, x.roll(1, 0), 3),
     ]
 
 
@@ -106,6 +109,9 @@ def test_what_people_look_at_fits_ten_lines_and_holds_no_numbers() -> None:
     assert "tokens   batch=64 pos=599 d_token=5  float32" in repr(batch)
     assert "cells=14 n=12" in repr(patched)
     assert "batch=12 channel=16 query=7 pos=7" in repr(attended)
+    *_, state, swapped = everything()
+    assert repr(state).startswith("Carried after 7 tokens\n  layer 0  LayerState(conv batch=12 d_inner=16 taps=3")
+    assert repr(swapped) == "Swap: 12 pairs of prompts, swapped at 3, 4 tokens after; h, conv"
 
 
 def test_an_edit_is_written_as_it_is_called() -> None:
@@ -113,6 +119,9 @@ def test_an_edit_is_written_as_it_is_called() -> None:
     assert repr(hooks.scale(0.5, channels=[1])) == "scale(0.5, channels=[1])"
     assert repr(hooks.set_to(torch.zeros(8, 1, 16), pos=[7])) == (
         "set_to(a Tensor of shape (8, 1, 16) and float32, pos=[7])"
+    )
+    assert (
+        repr(hooks.resample(source={})) == "resample(source=…)" and repr(hooks.resample(seed=3)) == "resample(seed=3)"
     )
     assert repr(hooks.mean(over="batch")) == "mean(over=('batch',))"
     assert repr(hooks.freeze(pos=[3])) == "freeze(pos=[3])"

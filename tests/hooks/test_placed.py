@@ -19,6 +19,7 @@ from torch.testing import assert_close
 
 import hooks
 from hooks import placed
+from hooks.errors import BadArgument
 from hooks.point import unhooked
 from interp.workers import side_by_side
 
@@ -142,7 +143,12 @@ def test_the_owner_is_no_part_of_the_model(make: Callable[..., Any], x: Tensor) 
         copied.reset_hooks()
         assert_close(copied(x), model.__class__.forward(copied, x))
         model(x)
+        with pytest.raises(BadArgument, match=r"cannot be pickled \(.*\): leave the with block"):
+            pickle.dumps(model)
     assert_close(pickle.loads(pickle.dumps(model))(x), model(x))
+    kept = copy.deepcopy(model)
+    kept.add_hook(OUT, lambda value, hook: value * 2)
+    assert_close(copy.deepcopy(kept)(x), kept(x))
 
 
 @pytest.mark.hygiene

@@ -309,3 +309,18 @@ def test_an_interrupted_write_leaves_nothing_behind(tmp_path: Path, monkeypatch:
 def test_the_folder_must_exist(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="could not be written"):
         checkpoint.save(models.build("mamba", **SMALL), tmp_path / "nowhere" / "m.safetensors", {})
+
+
+def test_nothing_but_a_regular_file_is_replaced(tmp_path: Path) -> None:
+    """A device of the system was: the file took the place of its node."""
+    model, pipe, folder = models.build("mamba", **SMALL), tmp_path / "pipe", tmp_path / "folder"
+    os.mkfifo(pipe)
+    folder.mkdir()
+    for path, kind in ((pipe, "a pipe"), (folder, "a folder"), (Path(os.devnull), "a device")):
+        with pytest.raises(CheckpointError, match=f"cannot be written: it is {kind}, not a regular file"):
+            checkpoint.save(model, path, {})
+        assert not path.is_file()
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "m.safetensors")
+    checkpoint.save(model, link, {})
+    assert models.load(link)

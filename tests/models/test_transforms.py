@@ -108,6 +108,8 @@ def test_derivatives_by_the_input(variant: str, how: str) -> None:
         assert_matches(grad(lambda x: (grad(number)(x) * ALONG).sum())(X), bend, "reverse over reverse")
         one = torch.zeros((), dtype=X.dtype)
         assert_matches(hessian(lambda a: number(X + a * ALONG))(one), (bend * ALONG).sum(), "hessian")
+        twice = jacfwd(jacfwd(lambda a: number(X + a * ALONG)))(one)
+        assert_matches(twice, (bend * ALONG).sum(), "forward over forward")
         assert_matches(vmap(lambda x: model(x[None])[0])(X), model(X), "vmap")
         assert_matches(vmap(grad(lambda x: number(x[None])))(X), slope, "a gradient for each prompt")
         plain = jacobian(ends, X)
@@ -142,6 +144,19 @@ def test_derivatives_by_the_parameters(variant: str) -> None:
         for parameter in model.parameters():
             parameter.mul_(1.1)
         assert_matches(outputs[1], model(X), "several models at once")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_several_models_at_once_on_a_long_prompt(variant: str) -> None:
+    """S4 has another way to go through more than 128 tokens."""
+    model, x = made(variant), prompts(1, 140)
+    given = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    for chosen in ([name] for name in given if "mixer" in name):
+        several = {name: torch.stack([given[name], 1.1 * given[name]]) for name in chosen}
+        outputs = vmap(lambda p: functional_call(model, {**given, **p}, (x,)))(several)
+        for i, output in enumerate(outputs):
+            one = functional_call(model, {**given, **{name: value[i] for name, value in several.items()}}, (x,))
+            torch.testing.assert_close(output, one, rtol=1e-8, atol=1e-10, msg=lambda m, n=chosen: f"{n}: {m}")
 
 
 @pytest.mark.law
