@@ -223,7 +223,7 @@ class Ablation:
 
     def unedited(self, sites: Iterable[str]) -> Float[Tensor, "n n_pairs"]:
         """``clean`` again, with hooks that only look at these sites: on the path that edits of them would take."""
-        with self.model.hooks(fwd_hooks=[(site, lambda value, hook: None) for site in listed("sites", sites)]):
+        with self.model.hooks(fwd_hooks=[(site, lambda value, hook: None) for site in sites]):
             return errors(self.model, self.task, batch=self.batch, batch_size=self.chunk)
 
     def sweep(self, cells: Sequence[Cell], tick: Callable[[], object] = lambda: None) -> dict[Cell, Tensor]:

@@ -95,7 +95,7 @@ class Candidates:
         return list(dict.fromkeys(family.name for family in self.families))
 
 
-def candidates(batch: Batch, steps: int = STEPS) -> Candidates:
+def candidates(batch: Batch, steps: int | None = None) -> Candidates:
     """The solvers of linear regression on ``batch``.
 
     zero; averaging; k nearest neighbours; least squares; ridge; gradient descent over means and over sums; online
@@ -104,7 +104,7 @@ def candidates(batch: Batch, steps: int = STEPS) -> Candidates:
     all k are what a linear attention without normalisation can compute. Online descent of labels is the solution of
     arXiv 2509.23779: the decay of its query is a factor α, which the rate takes in.
     """
-    whole_number("steps", steps, least=1)
+    steps = whole_number("steps", STEPS if steps is None else steps, least=1)
     x, y = batch.x.detach().double().cpu(), batch.y.detach().double().cpu()
     pairs = _Pairs(x, y)
     means, sums = (iterative.Spectrum.of(x, y, over) for over in ("means", "sums"))

@@ -144,8 +144,9 @@ def _draw_matches(axes: Any, by_k: Any, arrays: Mapping[str, Any], blocks: np.nd
         return
     names = [str(name) for name in arrays["match_families"]]
     for panel, x, key in ((axes, blocks, "match"), (by_k, 1 + np.arange(arrays["match_by_k"].shape[-1]), "match_by_k")):
-        # Beyond the panel there is nothing to compare; the band of what diverges on one prompt would cover the rest.
-        shown = np.where(arrays[key][:, :1] > OFF, np.nan, arrays[key])
+        # What is above the panel is marked at its edge; the band of what diverges on one prompt would cover the rest.
+        shown = arrays[key].copy()
+        shown[:, 1:][np.repeat(shown[:, :1] > OFF, 2, axis=1)] = np.nan
         drawn = {name: tuple(ends) for name, ends in zip(names, shown, strict=True) if name != "zero"}
         positive = [float(mean[mean > 0].min()) for mean, *_ in drawn.values() if (mean > 0).any()]
         lowest = 0.5 * max(min(positive, default=1.0), 1e-7)
@@ -213,7 +214,10 @@ def _named(arrays: Mapping[str, Any]) -> str:
         text = (
             f"none of the algorithms tried fits the last block's predictions as they are ({nearest}: {left('match')})"
         )
-        if scaled != NONE:
+        if scaled != NONE and arrays["match_nearest"][2, -1] <= arrays["match_fit"]:
+            text = f"the last block's predictions fit {scaled_said}: {left('match_scaled')}"
+            text += f"; as they are, {nearest}: {left('match')}"
+        elif scaled != NONE:
             text += f"; scaled, {scaled_said} does: {left('match_scaled')}"
     return text
 

@@ -42,12 +42,18 @@ def fewer(where: Where, most: int = COARSE) -> Where:
 
 
 def fitted(
-    family: Family, own: Blocks, where: Where, groups: int, affine: bool, begun: Predictions | None = None
+    family: Family,
+    own: Blocks,
+    where: Where,
+    groups: int,
+    affine: bool,
+    begun: Predictions | None = None,
+    also: Float[Tensor, "block group setting"] | None = None,
 ) -> Float[Tensor, "block group setting"]:
     """The settings of ``family`` that fit each block's ``own`` best at the prompts and examples of ``where``.
 
     ``groups``: 1, or the number of examples k, each of which is then fitted alone. ``begun``: what the starts predict
-    at ``fewer(where)``, where it is at hand.
+    at ``fewer(where)``, where it is at hand. ``also``: one more start for each block and group.
     """
     some, blocks = fewer(where), len(own)
     begun = family.predict(family.starts[:, None], some) if begun is None else begun
@@ -65,6 +71,8 @@ def fitted(
 
     if len(settings) > KEPT:
         settings = best(*fit(settings, fewer(where, FIRST), ROUNDS[0]), KEPT)
+    if also is not None and family.fitted:
+        settings = torch.cat([settings, also[None]])
     settings, cost = fit(settings, some, ROUNDS[1])
     if family.fitted:
         settings = best(settings, cost, 1)

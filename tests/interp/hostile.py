@@ -109,6 +109,7 @@ VERBS: dict[str, Callable[[Any], Any]] = {
     "tasks.build, noise": lambda v: tasks.build("linreg", noise=v),
     "tasks.build, link": lambda v: tasks.build("single_index", link=v),
     "sample": lambda v: TASK.sample(v, torch.Generator()),
+    **{f"sample, {name}": lambda v, name=name: tasks.build(name).sample(3, v) for name in tasks.names()},
     "estimators.build": lambda v: estimators.build(v),
     "estimators.build, alpha": lambda v: estimators.build("ridge", alpha=v),
     "estimators.build, steps": lambda v: estimators.build("gd", steps=v),
@@ -160,7 +161,7 @@ REFUSED = {
     (verb, value)
     for verb in ("matrix, channels", "matrix, queries", "contributions, finite", "zero, pos", "zero, channels")
     for value in ("a long tensor", "an array", "a cube", "10 kB", "a dict", "an object", "not a number")
-}
+} | {(f"sample, {name}", value) for name in tasks.names() for value in HOSTILE}
 """What has no meaning at all: not even a result will do."""
 REPR = re.compile(r"(?<![\w.])(tensor|array|Linear|Mamba)\(|\[ ?\[|\d\.\d+, |x{120}")
 """What only the repr of a tensor, an array or a model has, or a name that was not cut."""

@@ -12,7 +12,7 @@ import torch
 from hooks.errors import BadArgument
 from interp import seeds, tasks
 from interp.ablation import effects
-from interp.arguments import between, known_options, one_of, several, usable_device, whole_number
+from interp.arguments import between, known_options, listed, one_of, usable_device, whole_number
 from interp.curves import errors as curves
 from interp.curves import rivals
 from interp.training.recipe import TrainConfig
@@ -101,7 +101,10 @@ def test_known_options_are_the_parameters_of_the_function() -> None:
 
 def test_a_text_is_one_name_wherever_several_are_taken() -> None:
     """Of every command's configuration too, in a notebook (where no types are checked); on a command line it is one."""
-    assert several("abc") == ("abc",) == several(["abc"]) and several(("a", "b")) == ("a", "b") and several(()) == ()
+    assert listed("n", "abc") == ["abc"] == listed("n", ["abc"])
+    assert listed("n", ("a", "b")) == ["a", "b"] and listed("n", ()) == []
+    with pytest.raises(BadArgument, match="names=a dict of 1 does not work; give one or a list"):
+        listed("names", {"a": torch.zeros(3)})
     done = subprocess.run([sys.executable, "-c", CONFIGS], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and int(done.stdout) > 15, done.stderr
 

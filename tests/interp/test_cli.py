@@ -486,8 +486,7 @@ def test_every_command_has_a_question_and_a_cost() -> None:
     found = listing.questions()
     assert "train" in found
     for name, (question, cost) in found.items():
-        assert question, name
-        assert cost, name
+        assert question and cost, name
 
 
 def test_the_list_is_printed_and_anything_else_refused(capsys: pytest.CaptureFixture[str]) -> None:
@@ -498,6 +497,4 @@ def test_the_list_is_printed_and_anything_else_refused(capsys: pytest.CaptureFix
     capsys.readouterr()
     assert listing.main(["trian"]) == 2
     out, err = capsys.readouterr()
-    assert out == ""
-    assert err.count("\n") == 1
-    assert '"trian"' in err
+    assert out == "" and err.count("\n") == 1 and '"trian"' in err

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hooks.errors import BadArgument
-from interp import seeds, tasks
+from interp import seeds
 
 
 @pytest.mark.law
@@ -71,14 +71,3 @@ def test_an_index_is_not_part_of_a_seed() -> None:
 def test_a_negative_seed_is_refused() -> None:
     with pytest.raises(BadArgument, match="seed=-1 does not work"):
         seeds.generator("probe", -1)
-
-
-@pytest.mark.contract
-@pytest.mark.parametrize("wrong", [0, None, torch.zeros(3), "cpu"])
-def test_what_is_no_generator_is_refused(wrong: object) -> None:
-    task = tasks.build("linreg", d=2, n_pairs=3)
-    with pytest.raises(BadArgument, match=r"give a torch\.Generator"):
-        task.sample(3, wrong)  # type: ignore[arg-type]
-    for name in tasks.names():
-        with pytest.raises(BadArgument):
-            tasks.build(name).sample(3, wrong)  # type: ignore[arg-type]

@@ -114,6 +114,38 @@ def test_half_of_averaging_is_a_step_of_descent_and_both_are_said(
 
 
 @pytest.mark.planted
+@pytest.mark.parametrize("factor", [0.6, 2.0])
+def test_with_a_scale_alone_it_has_as_it_is_its_own_name_or_none(
+    factor: float, batch: tasks.Batch, found: families.Candidates
+) -> None:
+    """Steps on sums times 0.6 are within 1e-6 of a step of GD++: a name that they should not have."""
+    kept = ("GD on sums", "ridge", "least squares")
+    plants = torch.stack([factor * predicted(batch, PLANTED[key][0], **PLANTED[key][1]) for key in kept])
+    for key, (one,) in zip(kept, matching.match(plants, found, KS), strict=True):
+        assert one.as_it_is.name in (key, matching.NONE) and one.named.name == key
+        assert one.named.best.said() == f"{PLANTED[key][2]} × {factor:g}" and one.named.clear
+    near = matching.match(plants[:1], found, KS)[0][0].as_it_is
+    assert near.outdone and not near.clear and near.said().startswith("none of these, nearest GD++")
+
+
+@pytest.mark.planted
+def test_steps_that_diverge_after_few_examples_are_found_as_they_are() -> None:
+    """A fit without a scale alone stays at ten steps of another rate, a third of the spread away."""
+    batch = tasks.build("linreg", d=5).sample(64, torch.Generator().manual_seed(1))
+    own = predicted(batch, "gd", steps=8, rate=0.4)
+    ((one,),) = matching.match(own[None], families.candidates(batch, steps=10), range(1, 21))
+    assert one.as_it_is.said() == "GD (rate 0.4, 8 steps)" and float(one.as_it_is.best.distance.mean) < 1e-10
+
+
+@pytest.mark.planted
+def test_the_nearest_is_told_by_the_prompts_that_judge(batch: tasks.Batch, found: families.Candidates) -> None:
+    bent = 3 * torch.tanh(predicted(batch, "ols") / 3)
+    ((one,),) = matching.match(bent[None], found, KS)
+    assert one.as_it_is.name == matching.NONE
+    assert float(one.as_it_is.best.distance.mean) == min(float(fit.distance.mean) for fit in one.raw.values())
+
+
+@pytest.mark.planted
 def test_what_is_no_algorithm_has_no_name(batch: tasks.Batch, found: families.Candidates) -> None:
     """Noise; a function of the query alone; half-way between two; least squares with a tenth of its spread as noise."""
     noise = torch.randn(3, 96, 13, generator=seeds.generator("noise", 1))
