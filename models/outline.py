@@ -81,13 +81,14 @@ def check_size(architecture: str, config: Any) -> None:
     """Raise :class:`TooLarge` where a model of ``config`` has more weights than there is free memory."""
     fields = dataclasses.asdict(config)
     layers = fields.get("n_layers", 1)
-    others = [value for name, value in fields.items() if isinstance(value, int) and name != "n_layers"]
+    length = fields.get("n_ctx", 0)
+    others = [value for name, value in fields.items() if isinstance(value, int) and name not in ("n_layers", "n_ctx")]
     # An outline takes as long as a small model. No tensor has more weights than three of the numbers multiplied.
-    if layers * max(others, default=1) ** 3 <= USUAL:
+    if layers * max(max(others, default=1) ** 3, length**2) <= USUAL:
         return
     model = outline(architecture, {**fields, **({"n_layers": 1} if "n_layers" in fields else {})})
     weights = [*model.parameters(), *(value for part in _unlisted(model) for value in part.parameters())]
-    layer = LAYER + fields.get("n_ctx", 0) ** 2  # TransformerLens makes a mask of every layer, which goes again
+    layer = LAYER + length**2  # TransformerLens makes a mask of every layer, which goes again
     needed = layers * (layer + sum(value.numel() * value.element_size() for value in weights))
     free = free_memory(torch.device("cpu"))
     if needed > free:

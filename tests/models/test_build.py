@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import models
-from hooks.errors import BadArgument
+from hooks.errors import BadArgument, TooLarge
 from models import checkpoint
 
 SMALL: dict[str, Any] = {"d_model": 8, "n_layers": 2, "d_in": 2}
@@ -86,6 +86,18 @@ def test_what_cannot_be_built(architecture: str, config: dict[str, Any], reason:
     with pytest.raises(BadArgument) as caught:
         models.build(architecture, **config)
     assert str(caught.value).startswith(reason) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "config", [{"d_model": 4096, "n_layers": 4096}, {"d_model": 256, "n_layers": 10**6}, {"expand": 10**9}]
+)
+def test_what_no_memory_holds_is_refused_before_it_is_made(
+    config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where no number alone is large: 4096 layers of width 4096 have 4e11 weights."""
+    monkeypatch.setattr("models.outline.free_memory", lambda device: 16 * 10**9)
+    with pytest.raises(TooLarge, match=r"takes about [\d,]+ GB, and 16 GB are free"):
+        models.build("mamba", **{"d_model": 8, "n_layers": 2, **config})
 
 
 def test_what_can_be_built() -> None:
