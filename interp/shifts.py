@@ -84,6 +84,15 @@ def build(name: str, **config: Any) -> Shift:
     return dataclasses.replace(made, name=name, config=options.arguments)
 
 
+def _asked(one: Any) -> Shift:
+    """The shift of a name, or of (name, options)."""
+    if isinstance(one, str):
+        return build(one)
+    if isinstance(one, tuple | list) and len(one) == 2 and isinstance(one[1], Mapping):
+        return build(one[0], **one[1])
+    raise BadArgument(f'a shift is a name, or (name, {{option: value}}), not {told(one)}; e.g. "label_noise"')
+
+
 def apply(task: Task, asked: Asked | Sequence[Asked]) -> Task:
     """``task`` under this shift or these, each a name or (name, options); the task itself if there are none.
 
@@ -92,7 +101,7 @@ def apply(task: Task, asked: Asked | Sequence[Asked]) -> Task:
     """
     alone = isinstance(asked, tuple | list) and len(asked) == 2 and isinstance(asked[1], Mapping)
     each: Sequence[Any] = [asked] if alone else listed("shifts", asked)
-    given = [build(one) if isinstance(one, str) else build(one[0], **dict(one[1])) for one in each]
+    given = [_asked(one) for one in each]
     if not given:
         return task
     if isinstance(task, Shifted):

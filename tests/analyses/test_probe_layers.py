@@ -7,7 +7,6 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import models
 from analyses import probe_layers
 from hooks.errors import BadArgument
 from interp import cli, evaluate, tasks
-from interp.layers import families, lens
+from interp.layers import families, fitting, lens
 from interp.layers import readings as layers
 from interp.result import Result
 from interp.stats import Interval
@@ -30,9 +29,11 @@ D, N_PAIRS, BLOCKS = 3, 9, 4
 
 @pytest.fixture(scope="module", autouse=True)
 def few_steps() -> Iterator[None]:
-    """Solvers of at most four steps: what is named is asked in ``test_probe_layers_planted``, with all of them."""
+    """Solvers of at most two steps, fitted in few rounds: what is named is asked in ``test_probe_layers_planted``."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(families, "candidates", partial(families.candidates, steps=4))
+        patch.setattr(families, "STEPS", 2)
+        patch.setattr(fitting, "ROUNDS", (1, 2, 1))
+        patch.setattr(fitting, "KEPT", 1)
         yield
 
 

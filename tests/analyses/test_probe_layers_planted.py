@@ -17,6 +17,7 @@ from analyses import probe_layers
 from hooks.point import emit, site
 from interp import estimators, evaluate, tasks
 from interp.estimators.chains import forgetting
+from interp.layers import families
 from interp.layers.matching import NONE
 from interp.result import Result
 from models.theory import online_gradient
@@ -94,6 +95,13 @@ class Planted(models.Root):
 
 
 @pytest.fixture(autouse=True)
+def few_steps(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Solvers of at most six steps; of all that there are in the slow tests."""
+    if "slow" not in request.keywords:
+        monkeypatch.setattr(families, "STEPS", 6)
+
+
+@pytest.fixture(autouse=True)
 def planted_is_an_architecture(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setitem(models.ARCHITECTURES, "planted", Planted)
     monkeypatch.setitem(models.CONFIGS, "planted", PlantedConfig)
@@ -111,7 +119,9 @@ def ran(model: models.Root, folder: Path, name: str = "linreg", **options: Any) 
 
 
 @pytest.mark.planted
-@pytest.mark.parametrize(("scale", "shift"), [(1.0, 0.0), pytest.param(2.0, -1.0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("scale", "shift"), [(1.0, 0.0), *(pytest.param(*case, marks=pytest.mark.slow) for case in [(1, 0), (2.0, -1.0)])]
+)
 def test_every_block_of_a_planted_model_has_its_algorithms_name(scale: float, shift: float, tmp_path: Path) -> None:
     """As it is under its own name; with a scale and a shift under none as it is, and under its own with them."""
     model = Planted(PlantedConfig(scale=scale, shift=shift))
@@ -137,6 +147,21 @@ def test_every_block_of_a_planted_model_has_its_algorithms_name(scale: float, sh
     last_rows = rows[rows.block == len(ONES)]
     assert {"as it is: " + last["as it is"]["name"], "with a scale: least squares"} <= set(last_rows.what)
     assert {"least squares", "least squares, scaled", "the labels themselves"} <= set(last_rows.what)
+
+
+@pytest.mark.slow
+@pytest.mark.planted
+def test_with_a_scale_alone_no_block_has_another_algorithms_name(tmp_path: Path) -> None:
+    model = Planted(PlantedConfig(scale=0.6))
+    for block in model.blocks:
+        block.on.data.fill_(1.0)
+    found = ran(model, tmp_path, d=D)
+    for block, own in enumerate(ONES, start=1):
+        # 0.6 of averaging is a step of descent at rate 0.6, the same function.
+        names = {own, "GD"} if own == "averaging" else {own}
+        assert found.arrays["match_name"][block] in {*names, NONE}, own
+        assert found.arrays["match_scaled_name"][block] in names
+    assert "least squares × 0.6" in probe_layers.plot(found).get_suptitle()
 
 
 def gradient_steps(steps: int, rate: float) -> models.Root:

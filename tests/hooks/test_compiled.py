@@ -46,6 +46,7 @@ def test_what_is_not_marked_is_compiled() -> None:
     assert traced == [True, False]
 
 
+@pytest.mark.slow
 def test_importing_the_models_does_not_load_the_compiler() -> None:
     """Beyond what the libraries below load by themselves: torch 2.6 brings it along with them."""
     code = (

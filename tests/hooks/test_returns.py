@@ -25,10 +25,12 @@ EVERY: dict[str, Callable[[], Any]] = {
     "theory": lambda: models.build("theory", d_in=5, d_state=4).double().eval(),
     "transformer": lambda: small(n_layers=1),
 }
+ALIKE = ("linear with a convolution", "one head", "tangent, linear gate", "constant step", "lti", "s4d")
+"""Their sites are those of others too."""
 LENGTH = 4  # as many as there are prompts, so that a lost axis broadcasts
 
 
-@pytest.fixture(params=EVERY)
+@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.slow) if name in ALIKE else name for name in EVERY])
 def model(request: pytest.FixtureRequest) -> Iterator[Any]:
     built = EVERY[request.param]()
     yield built

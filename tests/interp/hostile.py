@@ -21,7 +21,7 @@ from torch import Tensor
 import hooks
 import models
 from hooks.errors import MambascopeError
-from interp import attention, attribute, estimators, evaluate, patch, probe, similarity, stats, tasks
+from interp import attention, attribute, estimators, evaluate, patch, probe, shifts, similarity, stats, tasks
 from interp.knockout import between, left
 
 HOSTILE: dict[str, Any] = {
@@ -110,6 +110,7 @@ VERBS: dict[str, Callable[[Any], Any]] = {
     "tasks.build, link": lambda v: tasks.build("single_index", link=v),
     "sample": lambda v: TASK.sample(v, torch.Generator()),
     **{f"sample, {name}": lambda v, name=name: tasks.build(name).sample(3, v) for name in tasks.names()},
+    "shifts": lambda v: shifts.apply(TASK, v),
     "estimators.build": lambda v: estimators.build(v),
     "estimators.build, alpha": lambda v: estimators.build("ridge", alpha=v),
     "estimators.build, steps": lambda v: estimators.build("gd", steps=v),
@@ -157,11 +158,15 @@ VERBS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-REFUSED = {
-    (verb, value)
-    for verb in ("matrix, channels", "matrix, queries", "contributions, finite", "zero, pos", "zero, channels")
-    for value in ("a long tensor", "an array", "a cube", "10 kB", "a dict", "an object", "not a number")
-} | {(f"sample, {name}", value) for name in tasks.names() for value in HOSTILE}
+REFUSED = (
+    {
+        (verb, value)
+        for verb in ("matrix, channels", "matrix, queries", "contributions, finite", "zero, pos", "zero, channels")
+        for value in ("a long tensor", "an array", "a cube", "10 kB", "a dict", "an object", "not a number")
+    }
+    | {(f"sample, {name}", value) for name in tasks.names() for value in HOSTILE}
+    | {("shifts", "a dict")}
+)
 """What has no meaning at all: not even a result will do."""
 REPR = re.compile(r"(?<![\w.])(tensor|array|Linear|Mamba)\(|\[ ?\[|\d\.\d+, |x{120}")
 """What only the repr of a tensor, an array or a model has, or a name that was not cut."""

@@ -33,7 +33,13 @@ def put_back() -> Iterator[None]:
     torch.set_default_device(None)
 
 
-@pytest.mark.parametrize("architecture", ["mamba", "twin", "s4d", "s4", "linear_attention", "transformer", "theory"])
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        pytest.param(name, marks=() if name in ("mamba", "s4", "transformer") else pytest.mark.slow)
+        for name in ("mamba", "twin", "s4d", "s4", "linear_attention", "transformer", "theory")
+    ],
+)
 def test_every_question_has_the_same_answer_under_another_default_device(architecture: str) -> None:
     model, (batch, other) = tiny(architecture), batches()
     chosen = verbs_of(architecture)

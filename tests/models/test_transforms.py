@@ -74,7 +74,8 @@ def looked_at(model: Any, how: str) -> Iterator[None]:
             yield
 
 
-CASES = [(v, how) for v in VARIANTS for how in ("fused", "exposed", "edited")]
+CASES: list[Any] = [(v, how) for v in VARIANTS for how in ("fused", "edited")]
+CASES += [pytest.param(v, "exposed", marks=() if v == "mamba" else pytest.mark.slow) for v in VARIANTS]
 # Where there is a path of its own for the states, and where an interrupted scan is another.
 CASES += [(v, how) for v in ("mamba", "s4d") for how in ("states", "interrupted")]
 CASES.append(("transformer", "fused"))

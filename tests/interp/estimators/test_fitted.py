@@ -168,7 +168,7 @@ def test_a_prompt_does_not_depend_on_the_others(name: str) -> None:
 
 
 @pytest.mark.law
-@pytest.mark.parametrize("name", ["tree", "mlp"])
+@pytest.mark.parametrize("name", [pytest.param("tree", marks=pytest.mark.slow), "mlp"])
 def test_any_number_of_workers_gives_the_same_numbers(name: str) -> None:
     """Processes for what scikit-learn fits, threads for networks; more than one piece of work for each."""
     pairs = sparse(n=130)

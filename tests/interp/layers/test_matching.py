@@ -51,7 +51,7 @@ def batch() -> tasks.Batch:
 
 @pytest.fixture(scope="module")
 def found(batch: tasks.Batch) -> families.Candidates:
-    return families.candidates(batch, steps=6)
+    return families.candidates(batch, steps=5)
 
 
 def predicted(batch: tasks.Batch, name: str, **options: Any) -> Tensor:
@@ -114,7 +114,7 @@ def test_half_of_averaging_is_a_step_of_descent_and_both_are_said(
 
 
 @pytest.mark.planted
-@pytest.mark.parametrize("factor", [0.6, 2.0])
+@pytest.mark.parametrize("factor", [0.6, pytest.param(2.0, marks=pytest.mark.slow)])
 def test_with_a_scale_alone_it_has_as_it_is_its_own_name_or_none(
     factor: float, batch: tasks.Batch, found: families.Candidates
 ) -> None:
