@@ -27,7 +27,7 @@ from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
-from hooks.errors import BadArgument
+from hooks.errors import BadArgument, told
 from interp import seeds
 from interp.arguments import between, chosen, listed, whole_number
 from interp.tasks import inputs
