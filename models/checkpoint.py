@@ -65,6 +65,7 @@ def save(model: Any, path: str | os.PathLike[str], card: Mapping[str, Any]) -> N
 
     A model in ``torch.compile``, DataParallel or DDP is saved as what is inside, and weights that torch
     keeps in parts (a parametrisation, a pruning mask, a weight norm) as the weights that it computes with.
+    Hooks and edits are not saved.
 
     Raises :class:`CheckpointError` before anything is written where a checkpoint could not give the model
     back: a tensor or module that is not of its architecture, two places that share a tensor, NaN or inf;

@@ -60,7 +60,9 @@ def misfit(model: Root, plain: Root) -> str:
         if path not in theirs:
             return f"{name} is gone"
         if theirs[path] != kinds:
-            found, kind = (", ".join(one.__name__ for one in kinds) for kinds in (theirs[path], kinds))
+            found, kind = (", ".join(one.__name__ for one in each) for each in (theirs[path], kinds))
+            if found == kind:  # one of the same name: torch's quantised Linear, a user's own
+                found = ", ".join(f"{one.__module__}.{one.__name__}" for one in theirs[path])
             return f"{name} is a {found}, where its architecture has a {kind}"
     for path, kinds in theirs.items():
         if path not in ours:

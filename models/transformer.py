@@ -203,9 +203,11 @@ class Transformer(Root):
         return made
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """For pickle and ``torch.save``: built anew, as parts of TransformerLens cannot be pickled; without hooks."""
+        """For pickle and ``torch.save``: built anew, as parts of TransformerLens cannot be pickled."""
         from models.plain import tensors_of  # which imports this module
 
+        for point in self.hook_dict.values():
+            point.__getstate__()  # refuses where a hook is on it
         tensors = {name: value.detach() for name, value in tensors_of(self).items()}
         return _rebuilt, (self.cfg, tensors, self.card, self.training)
 

@@ -122,6 +122,11 @@ def another_module(model: Any) -> None:
     model.blocks[1].mixer.out_proj = nn.Sequential(model.blocks[1].mixer.out_proj, nn.Tanh())
 
 
+def another_of_the_name(model: Any) -> None:
+    given = model.blocks[1].mixer.out_proj
+    given.__class__ = type("Linear", (nn.Linear,), {"__module__": "their.code"})
+
+
 def another_size(model: Any) -> None:
     model.head.linear = nn.Linear(8, 5)
 
@@ -157,6 +162,7 @@ def whole_numbers(model: Any) -> None:
         (extra_module, "blocks.0.mixer.more, a Tanh, is not part of its architecture"),
         (extra_weight, "bias is not one of the tensors"),
         (another_module, "blocks.1.mixer.out_proj is a Sequential, where its architecture has a Linear"),
+        (another_of_the_name, "out_proj is a their.code.Linear, where its architecture has a Linear"),
         (another_size, "head.linear.weight has shape (5, 8), its config says (1, 8)"),
         (one_block_twice, "and blocks.0."),
         (one_weight_twice, "blocks.1.mixer.D and blocks.0.mixer.D are one tensor"),

@@ -321,6 +321,10 @@ def test_what_pickle_is_told_makes_the_same_model() -> None:
     plain = (str, int, float, bool, type(None), torch.Tensor, type(model.cfg), dict)
     assert all(isinstance(part, plain) for part in given)
     assert all(isinstance(part, torch.Tensor) for part in given[1].values())
+    with hooks.edit(model, {"head.hook_out": hooks.zero()}):
+        assert not model(x).any()
+        with pytest.raises(BadArgument, match="cannot be pickled"):
+            model.__reduce_ex__(2)
 
 
 @pytest.mark.hygiene
