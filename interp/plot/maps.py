@@ -20,7 +20,8 @@ def level_map(
     """
     some = values[np.isfinite(values) & (values > 0)]
     low, high = (float(some.min()), float(some.max())) if len(some) else (1.0, 1.0)
-    norm = LogNorm(low, high if high > low else low * 1.01)
+    # A little below the smallest: drawing rounds, and it would be black.
+    norm = LogNorm(0.999 * low, high if high > low else low * 1.01)
     none = values <= 0
     colours = matplotlib.colormaps["viridis"].with_extremes(under="black")
     shown = np.where(none, low / 2, values)

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from interp import plot
@@ -242,3 +243,22 @@ def test_figures_and_progress_leave_the_sessions_settings(tmp_path: Path) -> Non
 def test_a_back_end_that_matplotlib_does_not_know(tmp_path: Path) -> None:
     started("inline_", UNKNOWN, str(tmp_path))
     assert (tmp_path / "figure.png").exists()
+
+
+@pytest.mark.law
+@pytest.mark.parametrize("zero", [False, True])
+def test_only_a_zero_is_black_in_a_map(zero: bool) -> None:
+    """In the pixels that are drawn: the smallest value was black too, by rounding."""
+    smallest, largest = 0.0016040253, 1.4106169  # of a map of mamba-linreg
+    values = np.geomspace(smallest, largest, 9 * 42).reshape(9, 42).astype(np.float32)
+    if zero:
+        values[4, 22] = 0.0
+    made, (axes,) = plot.canvas([5.0], 3.0, 5.0)
+    plot.level_map(axes, values, [str(i) for i in range(9)], label="error")
+    axes.set_axis_off()
+    canvas = FigureCanvasAgg(made)
+    canvas.draw()
+    left, low, right, high = (round(edge) for edge in axes.get_window_extent().extents)
+    pixels = np.asarray(canvas.buffer_rgba())[::-1][low + 2 : high - 2, left + 2 : right - 2, :3]
+    share = float((pixels.sum(-1) == 0).mean())
+    assert share == pytest.approx(1 / values.size, rel=0.3) if zero else share == 0
