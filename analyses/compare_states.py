@@ -240,11 +240,17 @@ def _compared(xs: list[Tensor | None], ys: list[Tensor | None], measure: str, as
 
 def _notes(studies: list[Study], loaded: dict[str, Root], asked: Plan) -> list[str]:
     """One line for each part that this task or these prompts leave out."""
-    from interp import cards
+    from interp import cards, probe
     from interp.similarity import varies
     from interp.states.study import REMEMBERS, unasked, unread
 
     notes = cards.differing(loaded, asked.task)
+    judges = len(asked.split.test)
+    if judges < probe.FEWEST:
+        notes.append(
+            f"{judges} prompts judge the probes: below {probe.FEWEST}, from {2 * probe.FEWEST} prompts on, their "
+            "intervals lie above 0 by chance more often than they say"
+        )
     if alike := unread(asked):
         notes.append(f"after 0 examples {', '.join(alike)} are the same for every prompt: not probed")
     if pair := unasked(asked):

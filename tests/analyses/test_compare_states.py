@@ -169,7 +169,9 @@ def test_k_0_is_the_state_at_a_query_with_nothing_before_it(result: Result, conf
     assert pair.value == pytest.approx(similarity.cka(*(h.flatten(1) for h in (held[0][1], held[1][2]))), rel=1e-4)
     best = result.arrays["cka_best_0_1_k0"]
     assert best[0] == pytest.approx(table[table.quantity == "cka"].value.max())
-    assert result.provenance["notes"] == ["after 0 examples XtX, Xty, w_ols are the same for every prompt: not probed"]
+    few, alike = result.provenance["notes"]
+    assert few.startswith("10 prompts judge the probes: below 32, from 64 prompts on, their intervals")
+    assert alike == "after 0 examples XtX, Xty, w_ols are the same for every prompt: not probed"
     # The norm is of the longer prompts: the first token's, over that after the last trained example.
     made = tasks.build("linreg", d=D, n_pairs=N_PAIRS)
     longer = made.sample(10, seeds.generator("probe", 0, 1), n_pairs=2 * N_PAIRS)

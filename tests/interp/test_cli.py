@@ -314,7 +314,7 @@ raise SystemExit(cli.main(module, []))
 @pytest.mark.parametrize(
     ("number", "name"), [(signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM"), (signal.SIGHUP, "SIGHUP")]
 )
-def test_ctrl_c_sigterm_and_sighup_are_one_line_and_exit_1(number: int, name: str) -> None:
+def test_ctrl_c_sigterm_and_sighup_are_one_line_and_exit_1(number: int, name: str, signals: None) -> None:
     process = started("-c", INTERRUPTED)
     assert process.stdout is not None
     assert process.stdout.readline() == "running\n"

@@ -289,7 +289,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_its_step(tmp_path: Path) -
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(
-    unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+    unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, signals: None
 ) -> None:
     original = fit.training_batch
 
