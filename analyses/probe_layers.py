@@ -23,7 +23,7 @@ Controls   the floor of the fit, by formula and of a feature drawn at random; th
            against the model itself
 Not shown  whether what can be read is used (ablate_delta edits, this only reads); what a probe that
            is not linear could read; other trainings: the intervals are over prompts
-Cost       20 seconds with 256 prompts and 2 idle cores
+Cost       30 seconds with 256 prompts and 2 idle cores
 """
 
 from __future__ import annotations
