@@ -244,7 +244,7 @@ def resolve(model: Any, pattern: Pattern, what: str = "site") -> list[str]:
             raise UnknownSite(_no_match(pattern, names, what))
         return found
     if callable(pattern):
-        found = [name for name in names if pattern(name)]
+        found = [name for name in names if _says(pattern, name, what)]
         if not found:
             raise UnknownSite(f"the {what} filter matches none of the {len(names)} sites: see hooks.show(model)")
         return found
@@ -255,6 +255,17 @@ def resolve(model: Any, pattern: Pattern, what: str = "site") -> list[str]:
         picked = {name for entry in entries for name in resolve(model, entry, what)}
         return [name for name in names if name in picked]
     raise BadArgument(f"a {what} pattern is a name, a glob, a list or a predicate, not {told(pattern)}")
+
+
+def _says(filter: Callable[[str], Any], name: str, what: str) -> bool:
+    """What the filter says of ``name``; raises :class:`BadArgument` where it cannot, as a metric in its place does."""
+    try:
+        return bool(filter(name))
+    except Exception as error:
+        raise BadArgument(
+            f'the function that picks {what}s fails on "{name}" ({type(error).__name__}: {short(str(error))}): it '
+            "takes a name and says True or False; a metric, which takes the output, is another argument"
+        ) from error
 
 
 def _no_match(pattern: str, names: list[str], what: str) -> str:

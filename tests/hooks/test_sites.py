@@ -201,3 +201,14 @@ def test_sites_of_a_model_that_is_not_ours() -> None:
         pytest.fail("the body must not run")
     with hooks.edit(model, {"hook_state": hooks.zero()}, readout_only=True):
         assert not model(x).any()
+
+
+@pytest.mark.contract
+@pytest.mark.parametrize("wrong", [lambda out: out[:, -1, 0], lambda: True, lambda name: torch.zeros(3)])
+def test_a_metric_in_the_place_of_a_filter_is_one_line(make: Callable[..., Any], wrong: Any) -> None:
+    model = make()
+    with pytest.raises(
+        hooks.BadArgument, match=r'picks sites fails on "hook_embed" \(\w+: .*\): it takes a name'
+    ) as caught:
+        hooks.resolve(model, wrong)
+    assert "\n" not in str(caught.value)

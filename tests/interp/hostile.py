@@ -123,6 +123,7 @@ VERBS: dict[str, Callable[[Any], Any]] = {
     "patch": lambda v: patch.patched(MODEL, v, X, "*.hook_x", last),
     "patch, corrupted": lambda v: patch.patched(MODEL, X, v, "*.hook_x", last),
     "patch, sites": lambda v: patch.patched(MODEL, X, X, v, last) if v is not None else 1 / 0,
+    "patch, metric and sites": lambda v: patch.activations(MODEL, X, X, last, v),  # type: ignore[arg-type]
     "patch, metric": lambda v: patch.patched(MODEL, X, X, "*.hook_x", v),
     "patch, metric's": lambda v: patch.patched(MODEL, X, X, "*.hook_x", lambda out: v),
     "patch, positions": lambda v: patch.patched(MODEL, X, X, "*.hook_x", last, positions=v),
