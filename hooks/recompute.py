@@ -81,7 +81,8 @@ def _parts() -> Iterator[tuple[_Notes, bool]]:
     What lies around a part that is run again is a backward pass and no part of this run.
     """
     seen: set[int] = set()
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # not in torch 2.6
+    hooks = top(True) if top is not None else None
     for cell in getattr(hooks[0], "__closure__", None) or () if hooks else ():
         if isinstance(cell.cell_contents, torch.utils.checkpoint._CheckpointFrame):
             seen.add(id(cell.cell_contents))
