@@ -120,7 +120,8 @@ class Edit:
 
     def positions(self, length: int, site: str) -> list[int]:
         """The positions that the edit touches in a prompt of ``length`` tokens, in the order given."""
-        return indices(self.pos, length, "pos", site).tolist()
+        # One by one: inside a transform of torch.func torch 2.6 has no tolist.
+        return [int(place) for place in indices(self.pos, length, "pos", site)]
 
 
 def _rows(value: float | Tensor, rows: list[int], count: int, axes: int, site: str) -> float | Tensor:
