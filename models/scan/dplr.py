@@ -77,10 +77,24 @@ def discretise_input(delta: Float[Tensor, "*shape channels"], system: System) ->
 def _resolved(delta: Tensor, system: System) -> tuple[Transition, Tensor]:
     """Ā, and G = 1 / (1 − Δ/2 Λ)."""
     half = delta[..., None] / 2 * system.diagonal
-    resolvent = 1 / (1 - half)
+    resolvent = _reciprocal(1 - half)
     column, row = resolvent * system.low_rank, resolvent.conj() * system.low_rank
     gain = -2 * delta / (1 + delta * inner(system.low_rank, column))
     return Transition((1 + half) * resolvent, gain[..., None] * column, row), resolvent
+
+
+@functools.cache
+def _overflows() -> bool:
+    """Whether torch's own reciprocal squares a complex number on the way, as that of 2.6 does: 1 / 1e20 is then 0."""
+    large = torch.full((16,), 1e20, dtype=torch.complex64, device="cpu")
+    return bool((1 / large == 0).any())
+
+
+def _reciprocal(z: Complex[Tensor, "*shape n"]) -> Complex[Tensor, "*shape n"]:
+    if not _overflows():
+        return 1 / z
+    size = torch.maximum(z.real.abs(), z.imag.abs()).detach()
+    return 1 / (z / size) / size
 
 
 class Block(NamedTuple):
