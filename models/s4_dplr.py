@@ -70,7 +70,7 @@ class S4Mixer(nn.Module):
         self.hook_delta = site("hook_delta")
         self.hook_delta_decay = site("hook_delta_decay")
         self.hook_delta_write = site("hook_delta_write")
-        start = dplr.legs(n)
+        start = dplr.legs(n, outline=self.log_dt.is_meta)
         self.log_A_real = nn.Parameter((-start.diagonal.real).log().to(self.log_dt).repeat(width, 1))
         self.A_imag = nn.Parameter(start.diagonal.imag.to(self.log_dt).repeat(width, 1))
         # Complex weights have real and imaginary part on the last axis, as in S4D. P is called so that training, which

@@ -251,16 +251,16 @@ def _flat(z: Complex[Tensor, "channels m n"]) -> Float[Tensor, "channels m both"
     return torch.view_as_real(z.resolve_conj()).flatten(-2)
 
 
-def legs(d_state: int) -> System:
+def legs(d_state: int, outline: bool = False) -> System:
     """HiPPO-LegS of order 2 · ``d_state`` in normal-plus-low-rank form, one channel (1, d_state), complex128.
 
     A + P Pᵀ is −½ plus a skew-symmetric matrix, so unitarily diagonal (Theorem 1 and appendix C.1 of the paper). Of
     each conjugate pair of eigenvectors the one whose value has a positive imaginary part is kept, in rising order, and
     turned so that its entry of P is real and positive: B is then √2 P.
 
-    Where torch's default device is "meta", of the right shape without a number in it.
+    ``outline``: on the "meta" device, of the right shape without a number in it.
     """
-    if torch.empty(0).device.type == "meta":  # torch 2.6 does not tell of a device that a with block sets
+    if outline:
         nothing = torch.empty(1, d_state, dtype=torch.complex128, device="meta")
         return System(nothing, nothing, nothing)
     return _legs(d_state)
