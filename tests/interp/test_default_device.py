@@ -15,6 +15,7 @@ import models
 from interp import tasks
 from interp.tasks.base import guess
 from models.scan import dplr
+from tests import default_device
 from tests.interp.verbs import batches, tiny, verbs_of
 
 pytestmark = pytest.mark.contract
@@ -24,13 +25,13 @@ pytestmark = pytest.mark.contract
 def elsewhere() -> Iterator[None]:
     torch.set_default_device("meta")
     yield
-    torch.set_default_device(None)
+    default_device.put_back()
 
 
 @pytest.fixture(autouse=True)
 def put_back() -> Iterator[None]:
     yield
-    torch.set_default_device(None)
+    default_device.put_back()
 
 
 @pytest.mark.parametrize(
@@ -85,7 +86,7 @@ def test_what_is_kept_between_models_is_on_the_cpu(elsewhere: None) -> None:
     """The start of S4 is worked out once: a model on another device must not leave it there for the next."""
     dplr._legs.cache_clear()
     models.build("s4", d_model=4, n_layers=1, d_state=3)
-    torch.set_default_device(None)
+    default_device.put_back()
     built = models.build("s4", d_model=4, n_layers=1, d_state=3)
     assert {weight.device.type for weight in built.parameters()} == {"cpu"}
 

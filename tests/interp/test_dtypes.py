@@ -13,6 +13,7 @@ import hooks
 import models
 from hooks.inputs import fed
 from interp import evaluate, tasks
+from tests import default_device
 from tests.interp.verbs import TASK, VERBS, batches, tiny, verbs_of
 
 pytestmark = pytest.mark.contract
@@ -30,7 +31,7 @@ def put_back() -> Iterator[None]:
     dtype = torch.get_default_dtype()
     yield
     torch.set_default_dtype(dtype)
-    torch.set_default_device(None)
+    default_device.put_back()
 
 
 def answers(verb: str, model: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
