@@ -28,13 +28,14 @@ os.environ["WANDB_MODE"] = "disabled"
 os.environ["TQDM_DISABLE"] = "1"  # under load a test may take longer than progress is silent
 os.environ["MPLBACKEND"] = "Agg"
 os.environ.setdefault("NUMBA_NUM_THREADS", "2")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # a thread without work leaves its core to the tests beside it
 
 import matplotlib.colors
 import pytest
 import torch
 from torch.nn.modules import module as torch_module
 
-from tests.shapes import install
+from tests.shapes import afresh, install
 
 # A shell starts what runs in the background with Ctrl-C ignored, which every process below would inherit.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -121,6 +122,10 @@ def pytest_configure(config: pytest.Config) -> None:
     from interp.heap import look_for_cycles_seldom  # not before shapes are checked
 
     look_for_cycles_seldom()
+
+
+def pytest_runtest_logstart() -> None:
+    afresh()
 
 
 def pytest_collection_finish() -> None:

@@ -131,6 +131,17 @@ def test_shapes_are_checked(probe: Any) -> None:
             call()
 
 
+def test_the_first_calls_of_a_test_are_checked(probe: Any) -> None:
+    for _ in range(shapes.CALLS):
+        with pytest.raises(TypeCheckError, match="violates type hint"):
+            probe.size("no size")
+    with pytest.raises(AttributeError):  # what the function itself says
+        probe.size("no size")
+    shapes.afresh()
+    with pytest.raises(TypeCheckError, match="violates type hint"):
+        probe.size("no size")
+
+
 def test_compiled_modules_are_left_as_written(probe: Any) -> None:
     assert probe.kernel.twice("ab") == "abab"
     assert not hasattr(probe.kernel.twice, "__wrapped__")
