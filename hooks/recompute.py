@@ -89,12 +89,13 @@ def _parts() -> Iterator[tuple[_Notes, bool]]:
             yield _notes(cell.cell_contents), False
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        for part, again in _part_of(frame):
-            if part is not None and id(part) not in seen:
-                seen.add(id(part))
-                yield _notes(part), again
-                if again:
-                    return
+        if frame.f_code.co_filename == _FILE or frame.f_code.co_name in ("forward", "backward"):
+            for part, again in _part_of(frame):
+                if part is not None and id(part) not in seen:
+                    seen.add(id(part))
+                    yield _notes(part), again
+                    if again:
+                        return
         frame = frame.f_back
 
 

@@ -32,7 +32,7 @@ from jaxtyping import AbstractArray, TypeCheckError, jaxtyped
 COMPILED = re.compile(r"^\s*(?:import|from)\s+(?:numba|triton)\b", re.MULTILINE)
 FEW = 4
 """How many of the makings of a function within a function are checked: each needs a checker of its own."""
-CALLS = 10
+CALLS = 3
 """How many calls of a function are checked in each test."""
 CHECK = beartype(conf=BeartypeConf(violation_type=TypeCheckError))
 """TypeCheckError is a TypeError, as what Python itself raises for arguments that do not fit."""

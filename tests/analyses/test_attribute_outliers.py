@@ -145,13 +145,12 @@ def test_the_figure_is_redrawn_from_disk_without_the_model(result: Result, tmp_p
 @pytest.mark.parametrize(
     "flags",
     [
-        {"alpha": 0.0},
-        {"alpha": 1.0},
-        {"task_config": ("n_pairs=1",)},
-        {"task_config": ("n_pairs=2", "orthogonal=0.5")},
-        {"alphas": (), "rules": (), "layers": ()},
+        pytest.param({"alpha": 0.0}, id="no outliers"),
+        pytest.param({"alpha": 1.0}, id="only outliers", marks=pytest.mark.slow),
+        pytest.param({"task_config": ("n_pairs=1",)}, id="empty prompts"),
+        pytest.param({"task_config": ("n_pairs=2", "orthogonal=0.5")}, id="one example"),
+        pytest.param({"alphas": (), "rules": (), "layers": ()}, id="nothing asked", marks=pytest.mark.slow),
     ],
-    ids=["no outliers", "only outliers", "empty prompts", "one example", "nothing asked"],
 )
 def test_edges_run_and_say_what_they_leave_out(folder: Path, flags: dict[str, Any]) -> None:
     found = analysis.run(config(folder, **{"prompts": 24, "alphas": (0.0, 1.0), **flags}))
@@ -167,7 +166,7 @@ def test_edges_run_and_say_what_they_leave_out(folder: Path, flags: dict[str, An
     ("name", "missing"),
     [
         ("transformer", ("hook_decay", "hook_delta", "hook_gate")),
-        ("s4d", ("hook_B", "hook_gate")),
+        pytest.param("s4d", ("hook_B", "hook_gate"), marks=pytest.mark.slow),
         ("linear_attention", ("hook_delta", "hook_gate", "hook_x_pre")),
     ],
 )
@@ -180,7 +179,9 @@ def test_a_model_that_lacks_sites_says_which(folder: Path, name: str, missing: t
 
 
 @pytest.mark.contract
-@pytest.mark.parametrize("options", [(), ("orthogonal_to=fresh",), ("n_pairs=1",)])
+@pytest.mark.parametrize(
+    "options", [(), pytest.param(("orthogonal_to=fresh",), marks=pytest.mark.slow), ("n_pairs=1",)]
+)
 def test_regression_with_outliers_takes_a_model_of_the_clean_task(folder: Path, options: tuple[str, ...]) -> None:
     given = config(folder, "linreg", task="outlier_linreg", task_config=options, prompts=24, alphas=(0.0, 0.95))
     found = analysis.run(given)
@@ -195,7 +196,7 @@ def test_regression_with_outliers_takes_a_model_of_the_clean_task(folder: Path, 
 
 
 @pytest.mark.contract
-@pytest.mark.parametrize("alpha", [0.0, 0.02, 0.5, 1.0])
+@pytest.mark.parametrize("alpha", [0.0, pytest.param(0.02, marks=pytest.mark.slow), 0.5, 1.0])
 def test_what_outliers_cost_in_regression_is_undone_or_said_to_be_undefined(folder: Path, alpha: float) -> None:
     """Outliers of length 20 in a model that sums its examples, by its own weights; the untrained one next to it."""
     options = ("r=20.0", "tokens=joint")

@@ -183,7 +183,7 @@ def test_k_0_is_the_state_at_a_query_with_nothing_before_it(result: Result, conf
 
 
 @pytest.mark.end_to_end
-@pytest.mark.parametrize(("n_pairs", "panels"), [(1, 7), (2, 8)])
+@pytest.mark.parametrize(("n_pairs", "panels"), [(1, 7), pytest.param(2, 8, marks=pytest.mark.slow)])
 def test_prompts_too_short_to_remember_run_to_the_end_and_say_what_is_missing(
     config: compare_states.Config, tmp_path: Path, n_pairs: int, panels: int
 ) -> None:
@@ -232,6 +232,7 @@ def test_a_layer_that_is_the_same_for_every_prompt_at_k_0_is_not_compared(
 
 
 @pytest.mark.end_to_end
+@pytest.mark.slow
 def test_every_pair_of_models_and_measure_is_in_the_figure(
     paths: dict[str, str], config: compare_states.Config, tmp_path: Path
 ) -> None:

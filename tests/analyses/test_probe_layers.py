@@ -108,7 +108,7 @@ def test_the_figure_is_redrawn_from_disk_with_its_controls(result: Result, tmp_p
 @pytest.mark.parametrize(
     ("given", "targets", "notes"),
     [
-        ({"k": 0}, {"w", "y"}, ["after 0 examples w_ols, Xty"]),
+        pytest.param({"k": 0}, {"w", "y"}, ["after 0 examples w_ols, Xty"], marks=pytest.mark.slow),
         ({"task_config": ("n_pairs=1",)}, {"w", "y"}, ["have no context", "after 0 examples w_ols, Xty"]),
     ],
 )
@@ -148,12 +148,24 @@ def test_a_row_of_the_lens_is_that_of_a_run_made_by_hand(result: Result, config:
 @pytest.mark.parametrize(
     ("architecture", "task", "options", "notes"),
     [
-        ("transformer", "linreg", {"d": D}, ["no recurrent state"]),
+        pytest.param("transformer", "linreg", {"d": D}, ["no recurrent state"], marks=pytest.mark.slow),
         ("mamba", "linreg", {"d": D, "tokens": "joint"}, []),
-        ("mamba", "outliers", {"d": 12, "M1": 3, "M2": 4}, ["the lens is not fitted", "no algorithm is matched"]),
+        pytest.param(
+            "mamba",
+            "outliers",
+            {"d": 12, "M1": 3, "M2": 4},
+            ["the lens is not fitted", "no algorithm is matched"],
+            marks=pytest.mark.slow,
+        ),
         ("mamba", "decision_tree", {"d": D, "depth": 2}, ["no algorithm is matched"]),
         ("mamba", "markov", {}, ["m is not used"]),
-        ("transformer", "mqar", {}, ["no recurrent state", "m is not used", "no algorithm", "no variable"]),
+        pytest.param(
+            "transformer",
+            "mqar",
+            {},
+            ["no recurrent state", "m is not used", "no algorithm", "no variable"],
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_what_a_model_or_task_does_not_have_is_left_out_and_said(

@@ -120,7 +120,7 @@ def ran(model: models.Root, folder: Path, name: str = "linreg", **options: Any) 
 
 @pytest.mark.planted
 @pytest.mark.parametrize(
-    ("scale", "shift"), [(1.0, 0.0), *(pytest.param(*case, marks=pytest.mark.slow) for case in [(1, 0), (2.0, -1.0)])]
+    ("scale", "shift"), [pytest.param(*case, marks=pytest.mark.slow) for case in [(1.0, 0.0), (2.0, -1.0)]]
 )
 def test_every_block_of_a_planted_model_has_its_algorithms_name(scale: float, shift: float, tmp_path: Path) -> None:
     """As it is under its own name; with a scale and a shift under none as it is, and under its own with them."""
@@ -212,6 +212,7 @@ def test_linear_attention_that_descends_on_sums_is_called_that_after_every_block
 
 
 @pytest.mark.planted
+@pytest.mark.slow
 def test_the_papers_online_descent_is_called_that(tmp_path: Path) -> None:
     """arXiv 2509.23779: forgetting 2^(−1/n); its query's decay is a factor of the rate, β (1 − α) α."""
     found = ran(online_gradient(D, N_PAIRS), tmp_path, d=D, tokens="joint")
@@ -224,7 +225,7 @@ def test_the_papers_online_descent_is_called_that(tmp_path: Path) -> None:
 
 
 @pytest.mark.planted
-@pytest.mark.parametrize("power", [1.0, 2.0])
+@pytest.mark.parametrize("power", [1.0, pytest.param(2.0, marks=pytest.mark.slow)])
 def test_a_model_that_counts_is_called_that(power: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Logits of nothing after no block, then of two estimators; with logits twice as large, under none as it is."""
     from interp import evaluate as judged

@@ -63,7 +63,7 @@ def steps(model: Any, x: Tensor) -> Tensor:
 
 @pytest.mark.edit
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("variant", ["mamba", "s4d", "s4", "linear"])
+@pytest.mark.parametrize("variant", ["mamba", pytest.param("s4d", marks=pytest.mark.slow), "s4", "linear"])
 def test_positions_of_the_sequence(make: Callable[..., Any], x: Tensor, variant: str, name: str) -> None:
     model, edit = make(variant), edits(x)[name]
     with torch.no_grad():

@@ -138,7 +138,10 @@ def test_what_is_about_heads_is_of_a_transformer(method: str) -> None:
         assert isinstance(getattr(cache, method)(1), torch.Tensor)
 
 
-@pytest.mark.parametrize("architecture", TINY)
+@pytest.mark.parametrize(
+    "architecture",
+    [name if name in ("mamba", "transformer") else pytest.param(name, marks=pytest.mark.slow) for name in TINY],
+)
 def test_a_backward_hook_may_return_a_tuple_at_every_site(architecture: str) -> None:
     model = tiny(architecture, torch.float64)
     for name in model.hook_dict:

@@ -36,7 +36,7 @@ def content(final: Path) -> set[str]:
     return {(final / name).read_text() for name in NUMBERS}
 
 
-@pytest.fixture(params=["in one step", pytest.param("in two", marks=pytest.mark.slow)])
+@pytest.fixture(params=["in one step", "in two"])
 def steps(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "in two":
         monkeypatch.setattr(folders, "_exchanged", lambda first, second: False)
@@ -65,6 +65,7 @@ def killed(work: Callable[[], object], at: int) -> bool:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a process that can be killed at a line")
+@pytest.mark.slow
 def test_killed_at_any_line_the_name_holds_the_old_or_the_new(tmp_path: Path, steps: str) -> None:
     final, other = tmp_path / "run", tmp_path / "other"
     write(final, "0")

@@ -25,6 +25,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has this setting")
+@pytest.mark.slow
 def test_the_next_tensor_does_not_fault_its_pages_in_again() -> None:
     counts = {}
     for asked in (False, True):

@@ -100,7 +100,14 @@ def test_a_wrapper_is_told_where_the_model_is(verb: str) -> None:
         INTO[verb](wrapped, batches()[0].tokens)
 
 
-@pytest.mark.parametrize("verb", ["record", "patch", "swap", "knock out", "matrix", "edit, add"])
+@pytest.mark.parametrize(
+    "verb",
+    [
+        "record",
+        "swap",
+        *(pytest.param(v, marks=pytest.mark.slow) for v in ("patch", "knock out", "matrix", "edit, add")),
+    ],
+)
 def test_a_compiled_model_answers_as_the_one_inside(verb: str) -> None:
     model, (batch, other) = tiny("mamba"), batches()
     compiled = torch.compile(model, backend="eager")

@@ -71,6 +71,7 @@ def test_no_position_share_is_invented_from_few_prompts() -> None:
 
 
 @pytest.mark.statistics
+@pytest.mark.slow
 def test_intervals_hold_the_content_share() -> None:
     """Prompts that differ in how much their content varies: 95 % intervals hold the truth in most of 60 samples."""
     hits = 0

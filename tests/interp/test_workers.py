@@ -193,6 +193,7 @@ print(" ".join(found))
 """
 
 
+@pytest.mark.slow
 def test_no_thread_loads_a_compiled_library() -> None:
     """A thread that does, and one that looks for the loaded libraries, wait for each other for ever."""
     run = subprocess.run([sys.executable, "-c", LOADED_IN_A_THREAD], cwd=ROOT, capture_output=True, text=True)

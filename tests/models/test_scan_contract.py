@@ -163,6 +163,7 @@ def test_pool_serves_the_main_thread_of_the_importing_process_only(
 
 
 @pytest.mark.law
+@pytest.mark.slow
 def test_numba_is_imported_by_the_first_scan_and_not_before() -> None:
     code = (
         "import sys, torch, models.scan as s; assert 'numba' not in sys.modules;"

@@ -74,8 +74,12 @@ def looked_at(model: Any, how: str) -> Iterator[None]:
             yield
 
 
-CASES: list[Any] = [(v, how) for v in VARIANTS for how in ("fused", "edited")]
-CASES += [pytest.param(v, "exposed", marks=() if v == "mamba" else pytest.mark.slow) for v in VARIANTS]
+CASES: list[Any] = [(v, "fused") for v in VARIANTS]
+CASES += [
+    pytest.param(v, how, marks=() if v in some else pytest.mark.slow)
+    for how, some in (("edited", ("mamba", "s4")), ("exposed", ("mamba",)))
+    for v in VARIANTS
+]
 # Where there is a path of its own for the states, and where an interrupted scan is another.
 CASES += [(v, how) for v in ("mamba", "s4d") for how in ("states", "interrupted")]
 CASES.append(("transformer", "fused"))
@@ -220,7 +224,14 @@ OPERATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any], dict[str, Te
 }
 
 
-@pytest.mark.parametrize(("name", "operand"), [(name, o) for name, (_, _, given) in OPERATIONS.items() for o in given])
+@pytest.mark.parametrize(
+    ("name", "operand"),
+    [
+        pytest.param(name, o, marks=pytest.mark.slow if name == "selective_scan_states" and o != "x" else ())
+        for name, (_, _, given) in OPERATIONS.items()
+        for o in given
+    ],
+)
 def test_operations(name: str, operand: str) -> None:
     run, definition, given = OPERATIONS[name]
 

@@ -31,7 +31,9 @@ def model_of(task: Any, **config: Any) -> Any:
 
 @pytest.mark.definition
 @pytest.mark.parametrize("variant", [None, *VARIANTS])
-@pytest.mark.parametrize("config", [{}, {"n_pairs": 1}, {"tokens": "interleaved"}])
+@pytest.mark.parametrize(
+    "config", [{}, {"n_pairs": 1}, pytest.param({"tokens": "interleaved"}, marks=pytest.mark.slow)]
+)
 def test_all_queries_at_once_are_the_walk_from_query_to_query(variant: str | None, config: dict[str, Any]) -> None:
     task = task_of(**config)
     model, batch = model_of(task, d_conv=3), evaluate.prompts(task, 40)

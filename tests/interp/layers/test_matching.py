@@ -249,6 +249,7 @@ def test_two_that_agree_are_not_told_apart(batch: tasks.Batch, found: families.C
 
 
 @pytest.mark.planted
+@pytest.mark.slow
 def test_a_change_of_algorithm_over_the_examples_is_found_at_each_k(
     batch: tasks.Batch, found: families.Candidates
 ) -> None:
