@@ -74,9 +74,14 @@ class Spectrum:
             values, products = values * count, products * count
         return Spectrum(values, products)
 
+    @property
+    def weight(self) -> Eigen:
+        """What each direction adds to the prediction of least squares."""
+        return self.products / self.values.masked_fill(self.values == 0, 1.0)
+
     def predict(self, missing: Iterable[Eigen]) -> Path:
         """Predictions of the filters (1 - missing) / λ, one for each step; one step's is held at a time."""
-        weight = self.products / self.values.masked_fill(self.values == 0, 1.0)
+        weight = self.weight
         return torch.stack([einsum(1 - share, weight, "b k v, b k v -> b k") for share in missing])
 
     def best_rate(self, values: Eigen | None = None) -> Float[Tensor, "batch n_pairs 1"]:

@@ -266,7 +266,7 @@ def _columns(settings: Settings) -> list[Float[Tensor, "start 1 group 1"]]:
 
 def _filtered(part: iterative.Spectrum, missing: Float[Tensor, "start batch k d"]) -> Predictions:
     bounded = missing.nan_to_num(LARGEST, LARGEST, -LARGEST).clamp(-LARGEST, LARGEST)
-    return part.predict(bounded.expand(-1, *part.values.shape))[..., None]
+    return einsum(1 - bounded, part.weight, "s b k v, b k v -> s b k")[..., None]
 
 
 T = TypeVar("T", int, float)
