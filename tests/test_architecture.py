@@ -72,6 +72,10 @@ class Source:
     def tree(self) -> ast.Module:
         return ast.parse(self.text, filename=self.path)
 
+    @cached_property
+    def nodes(self) -> list[ast.AST]:
+        return list(ast.walk(self.tree))
+
     @property
     def package(self) -> str | None:
         """The package of ours that the file belongs to, None in ``tests``."""
@@ -119,7 +123,7 @@ def assigned(node: ast.stmt) -> list[str]:
 def imports(source: Source) -> Iterator[tuple[ast.AST, str]]:
     """Each imported module with its node, ``import_module`` of a literal included."""
     parts = source.path.removesuffix(".py").split("/")
-    for node in ast.walk(source.tree):
+    for node in source.nodes:
         if isinstance(node, ast.Import):
             for alias in node.names:
                 yield node, alias.name
@@ -187,7 +191,7 @@ def no_pickle(source: Source) -> Iterator[str]:
     for node, name in imports(source):
         if name.partition(".")[0] in PICKLING_MODULES:
             yield source.at(node, f"imports {name}: files are safetensors, JSON or npz")
-    for node in ast.walk(source.tree):
+    for node in source.nodes:
         if not isinstance(node, ast.Call):
             continue
         called = dotted(node.func)
@@ -204,7 +208,7 @@ def no_print(source: Source) -> Iterator[str]:
     """Only the command lines write to standard output."""
     if source.package is None or source.path in COMMAND_LINES:
         return
-    for node in ast.walk(source.tree):
+    for node in source.nodes:
         if isinstance(node, ast.Call) and dotted(node.func) == "print":
             yield source.at(node, "prints; return the text, or hand it to interp/cli.py")
         elif isinstance(node, ast.Attribute) and dotted(node) == "sys.stdout":
@@ -223,7 +227,7 @@ def devices(source: Source) -> Iterator[str]:
     """
     if source.package is None or (fnmatch(source.path, "models/*.py") and source.path.count("/") == 1):
         return
-    for node in ast.walk(source.tree):
+    for node in source.nodes:
         if isinstance(node, ast.Call) and MAKERS.fullmatch(dotted(node.func)):
             if not any(keyword.arg == "device" for keyword in node.keywords):
                 yield source.at(node, f"{dotted(node.func)} without device=")
@@ -238,7 +242,7 @@ def finished(source: Source) -> Iterator[str]:
     for node, name in imports(source):
         if name.partition(".")[0] in ("pdb", "ipdb", "pudb"):
             yield source.at(node, f"imports {name}")
-    for node in ast.walk(source.tree):
+    for node in source.nodes:
         if isinstance(node, ast.Call) and dotted(node.func) == "breakpoint":
             yield source.at(node, "breakpoint left in")
 
@@ -247,7 +251,7 @@ def encodings(source: Source) -> Iterator[str]:
     """A file of text is read and written as UTF-8, whatever the machine's own encoding is."""
     if source.package not in PACKAGES:
         return
-    for node in ast.walk(source.tree):
+    for node in source.nodes:
         if not isinstance(node, ast.Call) or any(given.arg == "encoding" for given in node.keywords):
             continue
         name = dotted(node.func)
@@ -264,7 +268,7 @@ def reasons(source: Source) -> Iterator[str]:
         return
     takes = {"skip": 0, "exit": 0, "skipif": 1, "xfail": 1, "importorskip": 2}  # position of the reason
     called: set[int] = set()
-    for node in ast.walk(source.tree):
+    for node in source.nodes:
         if isinstance(node, ast.Call):
             name = dotted(node.func)
             last = name.rpartition(".")[2]
@@ -275,7 +279,7 @@ def reasons(source: Source) -> Iterator[str]:
             given += node.args[takes[last] : takes[last] + 1] if last in ("skip", "exit") else []
             if not given or (isinstance(given[0], ast.Constant) and not given[0].value):
                 yield source.at(node, f"{name} without a reason")
-    for node in ast.walk(source.tree):
+    for node in source.nodes:
         if isinstance(node, ast.Attribute) and id(node) not in called:
             name = dotted(node)
             if name in ("pytest.mark.skip", "pytest.mark.skipif", "pytest.mark.xfail"):
@@ -286,7 +290,7 @@ def kinds(source: Source) -> Iterator[str]:
     """A test file says of what kind its tests are (one kind at least; refusals need none)."""
     if not fnmatch(source.path, "tests/*test_*.py") or "/benchmarks/" in source.path:
         return
-    marks = {dotted(node) for node in ast.walk(source.tree) if isinstance(node, ast.Attribute)}
+    marks = {dotted(node) for node in source.nodes if isinstance(node, ast.Attribute)}
     if not marks & {f"pytest.mark.{kind}" for kind in KINDS}:
         yield f"{source.path}:1: no test of a kind: {', '.join(sorted(KINDS))}"
 

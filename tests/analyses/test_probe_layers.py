@@ -149,7 +149,7 @@ def test_a_row_of_the_lens_is_that_of_a_run_made_by_hand(result: Result, config:
     ("architecture", "task", "options", "notes"),
     [
         pytest.param("transformer", "linreg", {"d": D}, ["no recurrent state"], marks=pytest.mark.slow),
-        ("mamba", "linreg", {"d": D, "tokens": "joint"}, []),
+        pytest.param("mamba", "linreg", {"d": D, "tokens": "joint"}, [], marks=pytest.mark.slow),
         pytest.param(
             "mamba",
             "outliers",

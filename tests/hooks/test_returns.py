@@ -94,7 +94,7 @@ def test_the_second_hook_of_a_site_is_given_what_the_table_says(model: Any, x: T
 
 
 @pytest.mark.contract
-@pytest.mark.parametrize("grad", [False, True], ids=["no gradient", "gradient"])
+@pytest.mark.parametrize("grad", [pytest.param(False, marks=pytest.mark.slow), True], ids=["no gradient", "gradient"])
 def test_writing_in_place_is_the_same_as_returning_a_new_tensor(model: Any, x: Tensor, grad: bool) -> None:
     """Also for what fired before, which shares memory with nothing that a hook is given, and for all gradients."""
 

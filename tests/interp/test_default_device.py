@@ -37,7 +37,7 @@ def put_back() -> Iterator[None]:
 @pytest.mark.parametrize(
     "architecture",
     [
-        pytest.param(name, marks=() if name in ("mamba", "s4", "transformer") else pytest.mark.slow)
+        pytest.param(name, marks=() if name in ("mamba", "transformer") else pytest.mark.slow)
         for name in ("mamba", "twin", "s4d", "s4", "linear_attention", "transformer", "theory")
     ],
 )

@@ -42,7 +42,11 @@ def answers(verb: str, model: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return found, exact
 
 
-@pytest.mark.parametrize("dtype", [*DTYPES[:3], pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float64, torch.bfloat16, *(pytest.param(d, marks=pytest.mark.slow) for d in (torch.float32, torch.float16))],
+    ids=str,
+)
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_question_has_one_answer_in_every_dtype(verb: str, dtype: torch.dtype) -> None:
     found, exact = answers(verb, tiny("mamba", dtype), dtype)

@@ -240,6 +240,7 @@ def test_figures_and_progress_leave_the_sessions_settings(tmp_path: Path) -> Non
 
 
 @pytest.mark.hygiene
+@pytest.mark.slow
 def test_a_back_end_that_matplotlib_does_not_know(tmp_path: Path) -> None:
     started("inline_", UNKNOWN, str(tmp_path))
     assert (tmp_path / "figure.png").exists()

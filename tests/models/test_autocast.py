@@ -86,7 +86,7 @@ def run(model: Any, x: Tensor, look: str, **keywords: Any) -> tuple[hooks.Record
     return found, found.output[1]
 
 
-@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_looked_at_or_not_it_is_one_recurrence(variant: str, dtype: torch.dtype) -> None:
     model = build(variant, torch.float32)

@@ -81,7 +81,11 @@ CASES += [
     for v in VARIANTS
 ]
 # Where there is a path of its own for the states, and where an interrupted scan is another.
-CASES += [(v, how) for v in ("mamba", "s4d") for how in ("states", "interrupted")]
+CASES += [
+    pytest.param(v, how, marks=() if v == "mamba" else pytest.mark.slow)
+    for v in ("mamba", "s4d")
+    for how in ("states", "interrupted")
+]
 CASES.append(("transformer", "fused"))
 
 
