@@ -34,6 +34,8 @@ GIGABYTES = 8
 """What an environment may take while it is made: CUDA builds of torch are 5 to 7 GB, and PyPI has no other for most."""
 HOURS = 2
 """A cell that has not ended by then hangs."""
+NAMED = 20
+"""So many failed tests are named in a row; pytest's report in the folder has them all."""
 
 HEAD = """\
 # Versions
@@ -173,7 +175,9 @@ def results(report: str) -> dict[str, str]:
     skipped = [case for case in cases if case.find("skipped") is not None]
     names = sorted({f"{case.get('classname')}.{case.get('name')}".replace("|", "/") for case in failed})
     counts = {"passed": len(cases) - len(failed) - len(skipped), "failed": len(failed), "skipped": len(skipped)}
-    return {name: str(count) for name, count in counts.items()} | {"what failed": ", ".join(names)}
+    more = [f"and {len(names) - NAMED} more"] if len(names) > NAMED else []
+    said = ", ".join(names[:NAMED] + more)
+    return {name: str(count) for name, count in counts.items()} | {"what failed": said}
 
 
 def commit() -> str:

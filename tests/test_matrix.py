@@ -42,6 +42,14 @@ def test_counts_come_from_the_report() -> None:
     }
 
 
+def test_of_many_that_failed_some_are_named() -> None:
+    case = '<testcase classname="tests.test_a" name="test_{:03}"><failure/></testcase>'
+    found = matrix.results("<testsuites>" + "".join(case.format(i) for i in range(300)) + "</testsuites>")
+    names = found["what failed"].split(", ")
+    assert (found["failed"], names[0], len(names)) == ("300", "tests.test_a.test_000", matrix.NAMED + 1)
+    assert names[-1] == f"and {300 - matrix.NAMED} more"
+
+
 def test_a_row_is_replaced_and_the_others_stay() -> None:
     cells = ["3.11-lowest", "3.11-newest"]
     row = dict.fromkeys(matrix.COLUMNS, "1") | {"cell": cells[0]} | matrix.results(REPORT)

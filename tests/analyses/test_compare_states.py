@@ -330,6 +330,7 @@ def test_a_model_without_states_is_refused_with_the_sites_it_lacks(
 
 
 @pytest.mark.end_to_end
+@pytest.mark.slow
 def test_joint_tokens_and_a_query_of_its_own(tmp_path: Path) -> None:
     """One token a pair, prompts that are read at the last token only, a recurrence that never forgets."""
     task = tasks.build("outliers", d=8, M1=2, M2=2, n_pairs=9)

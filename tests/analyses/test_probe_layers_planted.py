@@ -225,7 +225,8 @@ def test_the_papers_online_descent_is_called_that(tmp_path: Path) -> None:
 
 
 @pytest.mark.planted
-@pytest.mark.parametrize("power", [1.0, pytest.param(2.0, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("power", [1.0, 2.0])
 def test_a_model_that_counts_is_called_that(power: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Logits of nothing after no block, then of two estimators; with logits twice as large, under none as it is."""
     from interp import evaluate as judged

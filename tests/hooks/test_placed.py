@@ -174,9 +174,10 @@ def test_copies_are_worked_on_side_by_side(make: Callable[..., Any], x: Tensor) 
     "blocks",
     [
         ("edit:71", "hooks:131", "record:997", "cache:997", "expose:53", "reference:4999"),
-        pytest.param(("edit:1", "hooks:1", "record:7", "cache:7", "expose:1", "reference:61"), marks=pytest.mark.slow),
+        ("edit:1", "hooks:1", "record:7", "cache:7", "expose:1", "reference:61"),
     ],
 )
+@pytest.mark.slow
 def test_ctrl_c_leaves_nothing_on_a_model(blocks: tuple[str, ...]) -> None:
     root = Path(hooks.__file__).parents[1]
     command = [sys.executable, "-m", "tests.hooks.interrupts", *blocks]

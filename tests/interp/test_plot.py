@@ -229,6 +229,7 @@ def started(backend: str, code: str, *arguments: str) -> None:
 
 
 @pytest.mark.hygiene
+@pytest.mark.slow
 def test_figures_and_progress_leave_the_sessions_settings(tmp_path: Path) -> None:
     """Whatever they are, and with a back end that is not installed: the figures are equal, to the byte."""
     plain, styled = tmp_path / "plain", tmp_path / "styled"

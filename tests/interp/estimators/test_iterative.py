@@ -260,7 +260,7 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.contract
-@pytest.mark.parametrize("name", ["gd", "gdpp", "newton"])
+@pytest.mark.parametrize("name", ["gd", pytest.param("gdpp", marks=pytest.mark.slow), "newton"])
 def test_only_what_is_asked_for_is_kept(name: str) -> None:
     """However many steps: no tensor is larger than the one covariance of each example, and the answer is least
     squares, which 2000 steps of each reach where there are twice as many pairs as dimensions."""
