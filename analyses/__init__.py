@@ -1,4 +1,4 @@
-"""One file per question, each with a command line; ``python -m analyses`` lists them."""
+"""One folder per question, each with a command line; ``python -m analyses`` lists them."""
 
 import sys
 from importlib.util import find_spec

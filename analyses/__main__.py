@@ -11,7 +11,7 @@ import re
 import sys
 from pathlib import Path
 
-from interp import streams
+from interp.machine import streams
 
 HERE = Path(__file__).resolve().parent
 
@@ -19,10 +19,9 @@ HERE = Path(__file__).resolve().parent
 def questions(folder: Path = HERE) -> dict[str, tuple[str, str]]:
     """``{name: (first line of its docstring, its cost)}`` of every command in ``folder``."""
     found = {}
-    for path in sorted(folder.glob("*.py")):
-        if not path.stem.startswith("_"):
-            text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-            found[path.stem] = (text.partition("\n")[0].strip(), _cost(text))
+    for path in sorted(folder.glob("*/__main__.py")):
+        text = ast.get_docstring(ast.parse(path.with_name("__init__.py").read_text(encoding="utf-8"))) or ""
+        found[path.parent.name] = (text.partition("\n")[0].strip(), _cost(text))
     return found
 
 

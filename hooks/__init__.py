@@ -5,15 +5,15 @@ changes. Every name is a full path or a glob. The TransformerLens idiom (``model
 idiom (``nnsight(model).trace(x)``) work on the same models and give the same numbers.
 """
 
-from hooks.edit import DoState, Edit, add, do_state, freeze, mean, resample, scale, set_to, zero
+from hooks.edits import DoState, Edit, add, do_state, freeze, mean, resample, scale, set_to, zero
 from hooks.errors import BadArgument, DidNotFire, MambascopeError, NonFinite, RunFailed, TooLarge, UnknownSite
 from hooks.intervene import Edited, edit, expose
+from hooks.listing import show
 from hooks.onlookers import watched
 from hooks.point import HookedModule, emit, site
-from hooks.record import Record, record
-from hooks.show import show
-from hooks.sites import SITES, Site, resolve, sites
+from hooks.records import Record, record
 from hooks.trace import nnsight
+from hooks.vocabulary import SITES, Site, resolve, sites
 
 __all__ = [
     "SITES",

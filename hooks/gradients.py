@@ -51,7 +51,7 @@ def trace(error: NonFinite, model: Any, x: Tensor, number: Callable[[Any], Tenso
 
     The run is repeated with all sites looked at; hooks and edits that are on the model act in it as they did.
     """
-    from hooks.record import record  # which watches gradients by this module
+    from hooks.records import record  # which watches gradients by this module
 
     with torch.enable_grad():
         run = record(model, x, grad=True, max_memory=1 << 62, **model_kwargs)

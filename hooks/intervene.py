@@ -8,14 +8,14 @@ from typing import Any
 
 from torch import Tensor
 
-from hooks.edit import DoState, Edit, Freeze, as_edit, position_axis
+from hooks.edits import DoState, Edit, Freeze, as_edit, position_axis
 from hooks.errors import BadArgument, DidNotFire, told
 from hooks.gradients import check_gradient
 from hooks.placed import Placed, opened, whole
 from hooks.point import one_gradient, unhooked, why_silent
 from hooks.propagate import StateEdit
-from hooks.record import record
-from hooks.sites import Pattern, resolve
+from hooks.records import record
+from hooks.vocabulary import Pattern, resolve
 
 Edits = Mapping[Any, Any] | DoState | Sequence[Any]
 SCAN_SITES = ("hook_decay", "hook_transition", "hook_write", "hook_state")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hooks.errors import BadArgument, TooLarge, told
-from hooks.sites import axes_of
+from hooks.vocabulary import axes_of
 
 CGROUPS = Path("/sys/fs/cgroup")
 """Where Linux shows the limits of a container, or of a job that a scheduler has started."""

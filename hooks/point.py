@@ -34,7 +34,7 @@ from hooks.memory import check_memory
 from hooks.onlookers import state_edits, tracing, watched
 from hooks.placed import Placed, owner, unsplit, whole
 from hooks.recompute import in_backward, passed
-from hooks.sites import HEAD_OUT, SITES, Pattern, resolve
+from hooks.vocabulary import HEAD_OUT, SITES, Pattern, resolve
 
 Hook = Callable[..., Any]
 HookList = Sequence[tuple[Pattern, Hook]]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hooks.edit import Change, Edit, Freeze, affine_map, region_of
+from hooks.edits import Change, Edit, Freeze, affine_map, region_of
 from hooks.errors import BadArgument
 
 FACTORED = 5

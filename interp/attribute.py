@@ -27,14 +27,14 @@ from torch import Tensor
 
 import hooks
 from hooks.brief import brief
-from hooks.edit import Index, region_of
+from hooks.edits import Index, region_of
 from hooks.errors import BadArgument, told
 from hooks.gradients import check_gradient, refuse_gradients
 from hooks.inputs import gradients_can_be, readable
-from hooks.sites import Pattern, kind_of
+from hooks.vocabulary import Pattern, kind_of
 from interp.arguments import whole_number
+from interp.machine.progress import progress
 from interp.metric import Metric, kind, one_arithmetic, one_number
-from interp.progress import progress
 
 
 def gradients(

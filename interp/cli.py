@@ -1,9 +1,9 @@
 """The command contract, once for every command: flags, one line per error, exit codes.
 
-    if __name__ == "__main__":
-        raise SystemExit(cli.main(sys.modules[__name__]))
+    import analyses.NAME as question           in analyses/NAME/__main__.py
+    raise SystemExit(cli.main(question))
 
-A command is a module with a docstring, ``Config`` (a frozen dataclass with a string under each
+A command is a package with a docstring, ``Config`` (a frozen dataclass with a string under each
 field: it *is* the command line) and ``run(config)``. If it also has ``plot(result)``, what ``run``
 returns is a :class:`interp.result.Result` and is saved, then drawn; the figure's title is printed above the table. It
 may have ``verdict(result)``: one line where what was found is a failure of what was looked at.
@@ -37,8 +37,8 @@ from typing import Any, Protocol, TypeVar
 
 import tyro
 
-from interp import streams
-from interp.heap import keep_freed_memory, look_for_cycles_seldom
+from interp.machine import streams
+from interp.machine.heap import keep_freed_memory, look_for_cycles_seldom
 
 DONE, FAILED, WRONG = 0, 1, 2
 SHORT_WAIT = ("GOMP_SPINCOUNT", "10000")
@@ -148,7 +148,7 @@ def _stops_as_ctrl_c() -> Iterator[None]:
 
 def _try(folder: Path) -> None:
     """Nothing, where ``folder`` can be written, or made where the first of its parents is that there is."""
-    from interp.files import writable_folder
+    from interp.machine.files import writable_folder
 
     writable_folder(next(each for each in (folder, *folder.parents) if os.path.lexists(each)))
 
@@ -255,14 +255,12 @@ def _saved(module: ModuleType, result: Any, out: Path) -> tuple[Any, str, str]:
 
 
 def _name(module: ModuleType) -> str:
-    """``ablate_delta`` for analyses/ablate_delta.py, also when it runs as ``__main__``."""
-    spec = module.__spec__
-    return (module.__name__ if spec is None else spec.name).rsplit(".", 1)[-1]
+    """``ablate_delta`` for analyses/ablate_delta."""
+    return module.__name__.rpartition(".")[2]
 
 
 def _prog(module: ModuleType) -> str:
-    spec = module.__spec__
-    return f"python -m {module.__name__ if spec is None else spec.name}"
+    return f"python -m {module.__name__}"
 
 
 def _print(text: str) -> None:

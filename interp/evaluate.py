@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hooks.errors import BadArgument, NonFinite, told
 from interp import seeds
 from interp.arguments import listed, whole_number
-from interp.progress import followed
+from interp.machine.progress import followed
 from interp.tasks.base import Batch, Model, Task, TokenTask, at_the_query
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 import hooks
 from hooks.errors import BadArgument, told
 from hooks.inputs import first_weight
-from hooks.sites import points
+from hooks.vocabulary import points
 from interp import stats
 
 Metric = Callable[[Tensor], Tensor]

@@ -23,7 +23,7 @@ from torch import Tensor
 from hooks.brief import brief
 from hooks.errors import BadArgument, NonFinite, told
 from interp.arguments import whole_number
-from interp.progress import followed, progress
+from interp.machine.progress import followed, progress
 from interp.stats import Interval, bootstrap, ratio
 
 PENALTIES = tuple(10.0**power for power in range(-2, 6))

@@ -26,8 +26,8 @@ import pandas as pd
 from hooks import sealed
 from hooks.brief import brief
 from hooks.errors import BadArgument, told
-from interp.files import strict_json, write_whole
-from interp.folders import clear_dead, whole_folder
+from interp.machine.files import strict_json, write_whole
+from interp.machine.folders import clear_dead, whole_folder
 from interp.printed import ROWS, folded, lines_of
 
 FORMAT = "mambascope-result-2"
@@ -63,7 +63,7 @@ class Result:
     """Config, table, arrays, checks and provenance of one analysis.
 
     ``config`` and ``provenance`` are JSON values. ``provenance`` should hold what
-    :func:`interp.provenance.provenance` gives and ``weights``, a digest of the model's (or a
+    :func:`interp.machine.provenance.provenance` gives and ``weights``, a digest of the model's (or a
     mapping of several models'): with the config and the commit it names the folder. A missing text
     in ``table`` comes back from the disk as the empty text; numbers come back to the last bit.
     """

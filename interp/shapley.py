@@ -20,7 +20,7 @@ from torch import Tensor
 
 from hooks.errors import BadArgument
 from interp.arguments import whole_number
-from interp.progress import followed
+from interp.machine.progress import followed
 
 MOST_PLAYERS = 12
 

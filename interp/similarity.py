@@ -35,7 +35,7 @@ from hooks.brief import brief
 from hooks.errors import BadArgument, NonFinite, told
 from interp import seeds
 from interp.arguments import one_of, whole_number
-from interp.progress import followed
+from interp.machine.progress import followed
 
 Rows = Float[Tensor, "n width"]
 """Row i is prompt i. The other side's rows are named apart and compared in words, with both numbers in the message."""

@@ -18,9 +18,9 @@ from torch.utils._pytree import register_pytree_node
 
 from hooks import inputs
 from hooks.brief import lines, parts
-from hooks.compiled import never_compiled
 from hooks.errors import BadArgument, told
 from hooks.finite import check_input, check_weights, checked
+from hooks.machine.uncompiled import never_compiled
 from hooks.point import HookedModule, emit, site
 from hooks.recompute import begin
 from models.card import Card

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from hooks.errors import BadArgument
 from hooks.point import as_ours, emit
-from hooks.sites import kind_of
+from hooks.vocabulary import kind_of
 from models.heads import ReadOut
 from models.stack import Root, State, check_config
 

@@ -119,7 +119,7 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
     if not config.getoption("--no-shape-checks"):
         install(PACKAGES)
-    from interp.heap import look_for_cycles_seldom  # not before shapes are checked
+    from interp.machine.heap import look_for_cycles_seldom  # not before shapes are checked
 
     look_for_cycles_seldom()
 

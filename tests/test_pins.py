@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from tests.test_architecture import PACKAGES, Source, imports, sources
+from tests.architecture import PACKAGES, Source, imports, sources
 
 pytestmark = pytest.mark.architecture
 

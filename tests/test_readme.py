@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 import models
-from hooks.sites import SITES, Kind
-from interp.sweep.rows import best_rival
+from analyses.sweep.rows import best_rival
+from hooks.vocabulary import SITES, Kind
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -24,8 +24,8 @@ from hooks.errors import BadArgument
 from interp.arguments import one_of, whole_number
 from interp.estimators.base import Estimator, Pairs, blank, exact, only
 from interp.estimators.iterative import positive
-from interp.progress import progress
-from interp.refit import ExactLasso, Regressor, each_prefix
+from interp.machine.progress import progress
+from interp.machine.refit import ExactLasso, Regressor, each_prefix
 
 FITS = 64
 """Fits of one piece of work: 0.1 s of Lasso, 3 s of boosted trees."""

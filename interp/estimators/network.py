@@ -13,8 +13,8 @@ from interp import seeds
 from interp.arguments import whole_number
 from interp.estimators.base import Estimator, Pairs, blank, exact, only
 from interp.estimators.iterative import positive
-from interp.progress import progress
-from interp.workers import threads
+from interp.machine.progress import progress
+from interp.machine.workers import threads
 
 PROMPTS = 64
 """Networks trained side by side: their activations stay in the cache."""

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from hooks.brief import brief
 from hooks.errors import NonFinite, RunFailed
 from interp import evaluate, seeds
-from interp.progress import bar
+from interp.machine.progress import bar
 from interp.tasks.base import Batch, Task, guess
 from interp.training import recipe, resume
 from interp.training.recipe import TrainConfig

@@ -16,7 +16,7 @@ from typing import Any
 
 from hooks.errors import BadArgument, told, unknown
 from hooks.sealed import json_value
-from interp.files import strict_json
+from interp.machine.files import strict_json
 
 PRECISIONS = ("fp32", "bf16")
 MOST = 2**31 - 1

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from hooks import sealed
 from hooks.errors import BadArgument, told
-from interp.files import strict_json, write_whole
+from interp.machine.files import strict_json, write_whole
 
 try:
     import fcntl

@@ -34,12 +34,12 @@ from torch import Tensor, nn
 from hooks import sealed
 from hooks.brief import brief
 from hooks.errors import BadArgument, NonFinite, RunFailed, told
-from interp import evaluate, room, tasks
+from interp import evaluate, rivals, tasks
 from interp.arguments import usable_device
-from interp.curves import rivals
-from interp.files import clear_parts, no_half, strict_json, writable_folder, write_whole
+from interp.machine import room
+from interp.machine.files import clear_parts, no_half, strict_json, writable_folder, write_whole
+from interp.machine.provenance import versions
 from interp.printed import folded, lines_of
-from interp.provenance import versions
 from interp.stats import paired_difference
 from interp.tasks.base import Task, model_shape
 from interp.training import ahead, recipe, resume

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hooks.errors import BadArgument
 from models.scan import cpu, cuda, pair, reference
-from models.scan.convolution import convolution, kernel
+from models.scan.causal import convolution, kernel
 from models.scan.reference import decays, rates
 
 __all__ = [
@@ -159,7 +159,7 @@ def _engine(operand: Tensor) -> Any:
     """What computes: the compiled loops for real CPU tensors where there are any, else the definition."""
     if operand.device.type != "cpu" or operand.is_complex():
         return reference
-    from hooks import native  # numba: half a second that only those pay who scan
+    from hooks.machine import native  # numba: half a second that only those pay who scan
 
     return cpu if native.usable() else reference
 

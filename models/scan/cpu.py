@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hooks.threads import run
+from hooks.machine.threads import run
 from models.scan import pages, reference
 from models.scan.operation import Operation
 

@@ -11,7 +11,7 @@ import numpy as np
 from numba import types
 from numba.extending import intrinsic, overload
 
-from hooks.native import inlined
+from hooks.machine.native import inlined
 
 
 @intrinsic

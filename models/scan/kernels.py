@@ -23,7 +23,7 @@ from __future__ import annotations
 import numpy as np
 from numba import carray
 
-from hooks.native import compiled, inlined, stack
+from hooks.machine.native import compiled, inlined, stack
 from models.scan.exponential import exp
 from models.scan.streaming import fence, stream
 

@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hooks.machine.threads import run
 from hooks.precision import exact
-from hooks.threads import run
 from hooks.transforms import every_order, translated
 from models.scan import pages
 from models.scan.operation import Operation, batched
@@ -173,7 +173,7 @@ def by_definition(decay: Pairs, write: Pairs, start: Start) -> Pairs:
 def _is_compiled(values: Tensor) -> bool:
     if values.device.type != "cpu":
         return False
-    from hooks import native  # numba: half a second that only those pay who scan
+    from hooks.machine import native  # numba: half a second that only those pay who scan
 
     return native.usable()
 

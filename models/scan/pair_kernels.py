@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from numba import carray
 
-from hooks.native import compiled, inlined, stack
+from hooks.machine.native import compiled, inlined, stack
 
 STATES = 64
 TOGETHER = 8

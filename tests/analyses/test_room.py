@@ -16,7 +16,8 @@ import torch
 
 import models
 from analyses.__main__ import questions
-from interp import cli, evaluate, room, tasks
+from interp import cli, evaluate, tasks
+from interp.machine import room
 from interp.tasks.base import model_shape
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -102,8 +103,9 @@ MEASURED = """
 import importlib, json, os, resource, sys, warnings
 warnings.simplefilter("ignore")
 import torch, numba, scipy.linalg, sklearn.linear_model, sklearn.model_selection, models
-from interp import cli, evaluate, provenance, room
-from interp.heap import keep_freed_memory
+from interp import cli, evaluate
+from interp.machine import provenance, room
+from interp.machine.heap import keep_freed_memory
 
 name, argvs = sys.argv[1], json.loads(sys.argv[2])
 command = importlib.import_module(f"analyses.{name}")

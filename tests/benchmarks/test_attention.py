@@ -27,9 +27,9 @@ from torch.testing import assert_close
 import hooks
 import models
 from interp.attention import contributions, matrix
-from interp.pairs import all_pairs
-from interp.provenance import versions
-from interp.recurrence import observe
+from interp.attention.pairs import all_pairs
+from interp.attention.recurrence import observe
+from interp.machine.provenance import versions
 from models.pretrained import _torch_functions
 from tests.benchmarks.test_layer import Layer, Size
 from tests.benchmarks.timing import HEADING, LEGEND, Row, Run, alone, medians, page_faults, save

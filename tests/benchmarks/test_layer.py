@@ -30,7 +30,7 @@ from transformers import MambaConfig, MambaForCausalLM
 
 import hooks
 import models
-from interp.provenance import versions
+from interp.machine.provenance import versions
 from models.pretrained import _torch_functions
 from models.scan import scan, selective_scan, selective_states
 from tests.benchmarks.timing import HEADING, LEGEND, Row, Run, alone, medians, page_faults, save

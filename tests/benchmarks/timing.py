@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from hooks.errors import MambascopeError
-from interp.files import strict_json, writable_folder, write_whole
-from interp.provenance import REPOSITORY, provenance
+from interp.machine.files import strict_json, writable_folder, write_whole
+from interp.machine.provenance import REPOSITORY, provenance
 
 Run = Callable[[], object]
 

@@ -21,7 +21,7 @@ from hooks import placed
 from tests.hooks.conftest import left_on
 
 DELTA, STATE = "blocks.0.mixer.hook_delta", "blocks.0.mixer.hook_state"
-OURS = {importlib.import_module(f"hooks.{name}").__file__ for name in ("placed", "point", "record", "intervene")}
+OURS = {importlib.import_module(f"hooks.{name}").__file__ for name in ("placed", "point", "records", "intervene")}
 STEPS = {*OURS, __file__, importlib.import_module("contextlib").__file__, sys.modules["torch.utils.hooks"].__file__}
 STEPS |= {sys.modules[f"transformer_lens.{name}"].__file__ for name in ("hook_points", "HookedRootModule")}
 

@@ -17,9 +17,9 @@ import hooks
 import models
 from hooks.brief import COLUMNS, LINES, brief, lines, written
 from interp import attention, patch, probe, similarity, stats, tasks
-from interp.contributions import contributions
+from interp.attention.tokens import contributions
+from interp.patch.swap import Swap
 from interp.result import Check, Result
-from interp.swap import Swap
 from interp.training.train import Trained
 from tests.hooks.conftest import build
 from tests.interp.planted import last

@@ -12,8 +12,8 @@ from torch import Tensor
 import hooks
 from hooks.errors import NonFinite
 from interp import attribute
-from interp.contributions import contributions
-from interp.states.reading import reach
+from interp.attention.tokens import contributions
+from interp.states import reach
 from tests.interp.recurrences import VARIANTS, build
 from tests.tolerances import assert_matches
 

@@ -21,7 +21,7 @@ import hooks
 from hooks import placed
 from hooks.errors import BadArgument
 from hooks.point import unhooked
-from interp.workers import side_by_side
+from interp.machine.workers import side_by_side
 
 OUT, DELTA, STATE = "head.hook_out", "blocks.0.mixer.hook_delta", "blocks.1.mixer.hook_state"
 HOOKED: dict[str, Callable[[Any, Tensor], Any]] = {

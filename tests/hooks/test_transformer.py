@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import hooks
-from hooks.edit import derangement
+from hooks.edits import derangement
 from hooks.errors import BadArgument, DidNotFire, NonFinite, TooLarge, UnknownSite
 from hooks.memory import site_bytes
 from models.transformer import POINTS

@@ -21,8 +21,9 @@ from torch import Tensor
 import hooks
 import models
 from hooks.errors import MambascopeError
-from interp import attention, attribute, estimators, evaluate, patch, probe, shifts, similarity, stats, tasks
-from interp.knockout import between, left
+from interp import attention, attribute, estimators, evaluate, patch, probe, similarity, stats, tasks
+from interp.patch.knockout import between, left
+from interp.tasks import shifts
 
 HOSTILE: dict[str, Any] = {
     "a long tensor": torch.rand(300),

@@ -9,12 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from analyses.ablate_delta import effects
+from analyses.learning_curves import errors as curves
 from hooks.errors import BadArgument
-from interp import seeds, tasks
-from interp.ablation import effects
+from interp import rivals, seeds, tasks
 from interp.arguments import between, known_options, listed, one_of, usable_device, whole_number
-from interp.curves import errors as curves
-from interp.curves import rivals
 from interp.training.recipe import TrainConfig
 
 pytestmark = pytest.mark.contract

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import hooks
 import models
-from hooks.edit import region_of
+from hooks.edits import region_of
 from hooks.errors import BadArgument, UnknownSite
 from interp import attribute, patch
 from tests.hooks.conftest import build, left_on

@@ -268,7 +268,8 @@ def test_every_letter_can_be_printed_in_every_encoding(command: list[str], encod
 PREPARED = """
 import gc, types
 from dataclasses import dataclass
-from interp import cli, heap
+from interp import cli
+from interp.machine import heap
 
 @dataclass(frozen=True)
 class Config:
@@ -459,42 +460,8 @@ def test_closed_and_full_streams_are_one_line_at_most(
 def test_a_file_of_ours_is_not_given_the_number_of_a_closed_stream(tmp_path: Path) -> None:
     """What a library prints to number 1 would else be in the middle of it."""
     code = (
-        "import os; from interp import streams; streams.open_closed(); "
+        "import os; from interp.machine import streams; streams.open_closed(); "
         f"file = open({str(tmp_path / 'numbers')!r}, 'w'); os.write(1, b'said'); print('said'); file.close()"
     )
     subprocess.run(["sh", "-c", f"{SHELL} >&-", sys.executable, "-c", code], cwd=ROOT, check=True)
     assert (tmp_path / "numbers").read_text() == ""
-
-
-# --- the list of questions --------------------------------------------------------------------
-
-
-def test_the_list_reads_docstrings_without_importing(tmp_path: Path) -> None:
-    (tmp_path / "_private.py").write_text('"""Not a question."""')
-    (tmp_path / "broken.py").write_text('"""Is it listed?\n\nCost       1 s\n"""\nimport nothing_\n')
-    (tmp_path / "long.py").write_text(
-        '"""What is long?\n\nNot shown  much\nCost       a minute on 2 cores;\n'
-        '           --quick less\n\nAnd more.\n"""\n'
-    )
-    assert listing.questions(tmp_path) == {
-        "broken": ("Is it listed?", "1 s"),
-        "long": ("What is long?", "a minute on 2 cores; --quick less"),
-    }
-
-
-def test_every_command_has_a_question_and_a_cost() -> None:
-    found = listing.questions()
-    assert "train" in found
-    for name, (question, cost) in found.items():
-        assert question and cost, name
-
-
-def test_the_list_is_printed_and_anything_else_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert listing.main([]) == 0
-    out = capsys.readouterr().out
-    assert all(name in out for name in listing.questions())
-    assert listing.main(["--help"]) == 0
-    capsys.readouterr()
-    assert listing.main(["trian"]) == 2
-    out, err = capsys.readouterr()
-    assert out == "" and err.count("\n") == 1 and '"trian"' in err

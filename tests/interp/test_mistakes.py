@@ -18,7 +18,7 @@ import models
 from hooks import inputs
 from hooks.errors import BadArgument
 from interp import attention, attribute, patch
-from interp.knockout import left
+from interp.patch.knockout import left
 from tests.interp.verbs import VERBS, batches, last, tiny
 
 pytestmark = pytest.mark.contract

@@ -180,7 +180,7 @@ DRAWN = """
 import numpy as np, pandas as pd
 from analyses import learning_curves
 from interp import plot
-from interp.progress import progress
+from interp.machine.progress import progress
 from interp.result import Result
 
 with progress(1, "work") as tick:

@@ -14,9 +14,9 @@ import pandas as pd
 import pytest
 
 from hooks.errors import BadArgument, RunFailed
-from interp import files
-from interp.files import strict_json, write_whole
-from interp.provenance import commit, provenance, versions
+from interp.machine import files
+from interp.machine.files import strict_json, write_whole
+from interp.machine.provenance import commit, provenance, versions
 from interp.result import Check, Result, numbers
 
 

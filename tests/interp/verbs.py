@@ -15,7 +15,7 @@ from torch import Tensor
 import hooks
 import models
 from interp import attention, attribute, evaluate, patch, probe, similarity, tasks
-from interp.knockout import left
+from interp.patch.knockout import left
 from interp.tasks.base import Batch, model_shape
 
 TASK = tasks.build("linreg", d=2, n_pairs=5)

@@ -17,7 +17,7 @@ from torch.testing import assert_close
 import hooks
 import models
 from hooks.errors import BadArgument
-from hooks.sites import sites
+from hooks.vocabulary import sites
 from models import s4_dplr
 from models.s4 import pair, unpair
 from models.s4_dplr import transition_scan

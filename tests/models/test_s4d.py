@@ -15,10 +15,10 @@ from torch.testing import assert_close
 import hooks
 import models
 from hooks.errors import BadArgument
-from hooks.sites import sites
+from hooks.vocabulary import sites
 from models.s4 import S4DMixer, pair, unpair
 from models.scan import pair_scan
-from models.scan.convolution import DIRECT
+from models.scan.causal import DIRECT
 
 MIXER = "blocks.0.mixer."
 LONG = DIRECT + 3

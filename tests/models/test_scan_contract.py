@@ -19,9 +19,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from hooks import threads as threading_of_kernels
 from hooks.errors import BadArgument
-from hooks.native import compiled
+from hooks.machine import threads as threading_of_kernels
+from hooks.machine.native import compiled
 from models.scan import cuda, reference, scan, selective_scan, selective_states
 from tests.models.test_scan import NAMES, compare, gradients, operands
 from tests.tolerances import assert_matches

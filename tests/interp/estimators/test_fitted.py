@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hooks.errors import BadArgument
 from interp import estimators, seeds
-from interp.refit import ExactLasso
+from interp.machine.refit import ExactLasso
 
 SLOW: dict[str, dict[str, Any]] = {
     "lasso": {},

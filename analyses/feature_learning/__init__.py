@@ -1,0 +1,479 @@
+"""Whether a model finds the direction of a single-index function in its prompt, and by which nonlinearity.
+
+Estimand   y = g(⟨β, x⟩) + noise, β drawn for each prompt. (1) Error against the number k of pairs, of the model and of
+           kernel ridge (RBF, polynomial), kernel ridge told the r coordinates that β lives in, kernel ridge told
+           ⟨β, x⟩, and the posterior mean told subspace and link. (2) R² of a ridge probe from the state of each layer
+           to β; to ββᵀ where the link is even, since then nothing tells β from −β. (3) The label transform of each
+           layer's write Δ B x: what it makes of the label before it adds it to the state, with its Hermite
+           coefficients in z = ⟨β, x⟩ (degree 1 finds β, degree 2 where the link is even), the same with Δ at its
+           mean, and Δ by itself. (4) The same with Δ constant, with softplus's tangent, and with z as output gate in
+           place of SiLU(z): each retrained, where there is a checkpoint, and each only ablated
+Controls   untrained weights in (2) and (3); shuffled β; running sums of y x, and of (y, y², tanh y) x; the label itself
+           in (3), whose coefficients are the link's; a planted transform and one without the label, among the checks;
+           each edit against the model of that config with the same weights
+Not shown  whether the model uses the β that can be read; what one token's write takes from the context (deeper layers
+           are averaged over it); other bends than Δ's, such as SiLU on x, the norm, and B x, one by one; other
+           trainings: intervals are over prompts. Ablated says what these weights need, not what can be learned
+Cost       30 seconds with 256 prompts, 4 layers and 2 idle cores
+"""
+
+# Beside this file:
+# study      the measurements: error against k, the direction in the states, what each variant loses
+# rivals     kernel ridge, and the methods that know the subspace or the direction
+# transform  Hermite coefficients of the label transform that the selection gate applies
+# variants   a constant step, a tangent step, a linear gate: retrained, or put into a trained model
+# rows       the table
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from interp import cli
+from interp.figures import in_house_style
+
+if TYPE_CHECKING:
+    import numpy as np
+    from matplotlib.figure import Figure
+
+    from analyses.feature_learning.rows import All
+    from analyses.feature_learning.study import Found, Subject
+    from interp.result import Check, Result
+    from models import Root
+
+__all__ = ["Config", "plot", "run"]
+
+
+QUICK = 48
+FP32 = 1e-4
+"""Largest difference between two fp32 paths of one function, relative to the largest value."""
+
+
+@dataclass(frozen=True)
+class Config:
+    task: str = "single_index"
+    "What was learned in context; only single_index has a direction to find."
+    model: str | None = None
+    "A bundled name or a run folder; mamba-<task> if not given."
+    variants: tuple[str, ...] = ()
+    "Of constant-step, tangent-step, linear-gate (retrained where a bundled one fits the model), or folders; all three."
+    prompts: int = 256
+    "Prompts whose error counts; the probes take twice as many others, the writes a quarter."
+    components: int = 96
+    "Principal components of a state that a probe may use."
+    seed: int = 0
+    "Chooses the prompts."
+    device: str = "cpu"
+    "cpu, cuda or mps."
+    out: Path = Path("out")
+    "Where the result's folder goes."
+    quick: bool = False
+    "The same with 48 prompts and 24 components."
+    json: bool = False
+    "Print result.json instead of the table."
+
+    def __post_init__(self) -> None:
+        cli.listed(self)
+
+
+def run(config: Config) -> Result:
+    """Every part and check of the module's docstring.
+
+    Raises BadArgument for another task, a model that is no published Mamba, a variant that there is not, and a
+    retrained model of another variant or task.
+    """
+    began = time.perf_counter()
+    import models
+    from analyses.feature_learning import rows as feature_rows
+    from interp.machine import provenance
+    from interp.machine.workers import threads
+    from interp.result import Result
+
+    name, every, notes = _measured(config)
+    with threads(1):  # many small pieces
+        checks = _checks(every)
+    plan, trained = every.asked, [one.subject for one in every.found if one.subject.how in ("trained", "retrained")]
+    given = {key: value for key, value in asdict(config).items() if key not in ("out", "json")}
+    effective = {"prompts": len(plan.batch), "components": plan.components, "task_config": plan.task.config}
+    return Result(
+        config={**given, **effective, "model": name},
+        table=feature_rows.table(every, name),
+        arrays=feature_rows.arrays(every),
+        checks=checks,
+        provenance={
+            **provenance.provenance(seed=config.seed, device=config.device, seconds=time.perf_counter() - began),
+            "weights": {one.name: models.digest(one.model) for one in trained},
+            "notes": notes,
+            "kernel ridge": {family: list(chosen) for family, chosen in every.settings.items()},
+        },
+    )
+
+
+def _measured(config: Config) -> tuple[str, All, list[str]]:
+    """The model's name, everything that was measured, and what is left out."""
+    from analyses.feature_learning import rivals as feature_rivals
+    from analyses.feature_learning import study as feature_study
+    from analyses.feature_learning.rows import All
+    from analyses.feature_learning.study import HELD, STEP, WRITE, study
+    from interp import evaluate
+    from interp.arguments import whole_number
+    from interp.machine import room
+    from interp.machine.progress import progress
+    from interp.machine.workers import side_by_side, threads
+
+    prompts = QUICK if config.quick else whole_number("prompts", config.prompts, 32)
+    components = min(24, config.components) if config.quick else whole_number("components", config.components, 1)
+    name, model, task = _open(config)
+    subjects, notes = _subjects(config, name, model)
+    room.check(room.prompts("feature_learning", "prompts", prompts, task, [model]), device=config.device)
+    # One thread each: many small pieces, at which several wait for each other longer than they work.
+    with progress(len(subjects) + len(feature_rivals.FAMILIES) + 1, "feature_learning") as tick:
+        with threads(1):
+            asked = feature_study.plan(task, prompts, components, config.seed)
+            means = feature_study.mean_steps(model, asked)
+        jobs: list[Callable[[], Found]] = []
+        for subject in subjects:
+            whole = subject.variant is None
+            ks, whats = (asked.ks, (WRITE, HELD, STEP)) if whole else (asked.ks[-1:], (WRITE,))
+            # Only ablated is the trained model itself under an edit: side by side, no two may use the same.
+            own = deepcopy(subject.model) if subject.how == "ablated" else subject.model
+            jobs.append(partial(study, replace(subject, model=own, means=means), asked, ks, whats))
+        ran = side_by_side(jobs, tick, config.device, each=1)
+        found = [
+            replace(one, subject=replace(subject, means=means)) for one, subject in zip(ran, subjects, strict=True)
+        ]
+        tune = evaluate.prompts(task, max(48, (3 * prompts) // 4), config.seed, "validation")
+        families = list(feature_rivals.FAMILIES)
+        tunings = [partial(feature_rivals.kernel_ridge, task, tune, asked.batch, family) for family in families]
+        tuned = side_by_side(tunings, tick, each=1)
+        rivals = {family: one.error for family, one in zip(families, tuned, strict=True)}
+        settings = {family: one.settings for family, one in zip(families, tuned, strict=True)}
+        with threads(1):
+            rivals[feature_rivals.TOLD_ALL] = feature_rivals.posterior(task, asked.batch, config.seed)
+            every = All(asked, found, rivals, settings, feature_study.running_sums(asked))
+        tick()
+    return name, every, notes
+
+
+def _open(config: Config) -> tuple[str, Root, Any]:
+    """The model's name, the model, and the task that it was trained on."""
+    import models
+    from analyses.feature_learning.variants import variant_of
+    from hooks.errors import BadArgument
+    from interp import tasks
+    from interp.arguments import usable_device
+
+    tasks.build(config.task)
+    if config.task != "single_index":
+        raise BadArgument(f'feature_learning is about the direction of "single_index"; "{config.task}" has none')
+    name = config.model or f"mamba-{config.task}"
+    model = models.load(name).to(usable_device(config.device))
+    _trained_on(name, model, None)
+    if model.architecture != "mamba" or not model.cfg.selective:
+        raise BadArgument(f"{name} is no selective Mamba: there is no step, B and C whose parts could be told apart")
+    own = variant_of(model.cfg)
+    if own is not None:
+        raise BadArgument(f"{name} is the {own} variant: give it as --variants, and the published block as --model")
+    return name, model, tasks.build(config.task, **model.card["task_config"])
+
+
+def _trained_on(name: str, model: Any, task_config: Any) -> None:
+    """Nothing, or a BadArgument for a model of another task."""
+    from hooks.errors import BadArgument
+    from interp import cards
+
+    trained_on = model.card.get("task")
+    if trained_on != "single_index":
+        raise BadArgument(f'{name} was trained on "{trained_on}", not on "single_index"')
+    differs = [] if task_config is None else cards.differ(model.card["task_config"], task_config)
+    if differs:
+        own = model.card["task_config"]
+        said = ", ".join(f"{key}={own.get(key)} instead of {task_config.get(key)}" for key in differs)
+        raise BadArgument(f"{name} was trained on another single_index than the model: {said}")
+
+
+def _subjects(config: Config, name: str, model: Root) -> tuple[list[Subject], list[str]]:
+    """Trained, untrained, then each variant only ablated and retrained; and a note for each that is not there."""
+    import torch
+
+    import models
+    from analyses.feature_learning.study import Subject
+    from analyses.feature_learning.variants import VARIANTS, variant_of
+    from hooks.errors import BadArgument
+    from interp import cards
+
+    retrained: dict[str, Subject] = {}
+    for entry in config.variants or tuple(VARIANTS):
+        bundled = f"mamba-{entry}-{config.task}"
+        source = bundled if entry in VARIANTS else entry
+        loaded = models.load(source).to(config.device) if source != bundled or bundled in models.names() else None
+        # A run folder of another task is refused; a bundled one is only not there.
+        fits = loaded is not None and not cards.differ(loaded.card["task_config"], model.card["task_config"])
+        if entry in VARIANTS and not fits:
+            retrained.setdefault(entry, Subject(bundled, "missing", None, entry))
+            continue
+        assert loaded is not None
+        _trained_on(source, loaded, model.card["task_config"])
+        variant = variant_of(loaded.cfg)
+        if variant is None:
+            raise BadArgument(f"{source} is the published block and no variant; there is {', '.join(VARIANTS)}")
+        retrained[variant] = Subject(source, "retrained", loaded, variant)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        fresh = models.build(model.architecture, **asdict(model.cfg)).eval().to(next(model.parameters()))
+    subjects = [Subject(name, "trained", model), Subject(name, "untrained", fresh)]
+    notes = []
+    for variant, one in retrained.items():
+        subjects.append(Subject(name, "ablated", model, variant))
+        if one.how == "retrained":
+            subjects.append(one)
+        else:
+            notes.append(
+                f"{variant} is only ablated: there is no {one.name} for this task's options; "
+                f"python -m analyses.train --recipe {one.name} with --task-config trains one for --variants"
+            )
+    return subjects, notes
+
+
+# --- checks -----------------------------------------------------------------------------------
+
+
+def _checks(every: All) -> list[Check]:
+    """What must hold for the numbers to mean anything."""
+    import numpy as np
+    import torch
+
+    import hooks
+    from analyses.feature_learning.transform import exact, features, transform
+    from hooks.inputs import fed
+    from interp import cards, evaluate
+    from interp.metric import rounding
+    from interp.probe import lucky
+    from interp.result import Check
+
+    asked, checks, model = every.asked, [], every.trained.subject.model
+    for one in every.found:
+        if one.subject.how not in ("trained", "retrained"):
+            continue
+        errors = {k: one.error[:, k] for k in asked.task.report_ks}
+        for k, gap in cards.gaps(one.subject.model.card, errors).items():
+            label = f"{one.subject.variant or 'model'}: error at k={k} against the card, in standard errors"
+            checks.append(Check.at_most(label, gap, 4.0))
+
+    own = evaluate.errors(model, asked.task, batch=asked.batch.take(slice(0, 8)))
+    gap = float((every.trained.error[:8] - own).abs().max() / own.abs().max())
+    checks.append(
+        Check.at_most("errors of all queries at once against those one by one, relative", gap, rounding(model, FP32))
+    )
+    tokens = fed(model, asked.some.tokens[:16])
+    with torch.no_grad():
+        clean = model(tokens)
+        with hooks.edit(model, {"*.hook_delta": hooks.scale(1.0), "*.hook_gate": hooks.scale(1.0)}):
+            checks.append(
+                Check.at_most("identity edit, largest change", float((model(tokens) - clean).abs().max()), 0.0)
+            )
+        for one in every.changed:
+            if one.subject.how == "ablated":
+                with one.subject.edited():
+                    edited = model(tokens)
+                own = _twin(one.subject)(tokens)
+                gap = float((edited - own).abs().max() / own.abs().max())
+                label = f"{one.subject.variant}: edit against the config with the same weights, relative"
+                checks.append(Check.at_most(label, gap, rounding(model, FP32)))
+
+    shuffled = float(np.mean([probe.controls["shuffled"].mean for probe in every.trained.reading.values()]))
+    bound = lucky(asked.truth.numpy(), asked.split, copies=5)
+    checks.append(Check.at_most(f"probes of shuffled {asked.target}: mean R²", shuffled, bound))
+
+    phi = features(asked.asked.inside, asked.order)[..., :1]
+    y = asked.asked.labels.y.expand(phi.shape[:3])[..., None]
+
+    def planted(label: Any) -> Any:
+        return transform(label(y) * phi, asked.asked, asked.order, asked.order, seed=asked.seed)
+
+    # Nothing is random here but the transform's own x, which cancels: what is left is the grid's error.
+    off = float(np.abs(planted(_bent).share.mean - exact(asked.task, _bent) ** 2)[1:4].max())
+    checks.append(Check.at_most("planted transform y σ(y − 1): shares against quadrature", off, 0.03))
+    followed = float(planted(_without) is not None)
+    checks.append(Check.at_most("planted write without the label: what follows it", followed, 0.0))
+    return checks
+
+
+def _bent(y: Any) -> Any:
+    import torch
+
+    return y * torch.sigmoid(y - 1)
+
+
+def _without(y: Any) -> Any:
+    import torch
+
+    return torch.ones_like(y)
+
+
+def _twin(subject: Subject) -> Any:
+    """The model of the variant's config, with the weights of the one that is edited."""
+    import torch
+
+    import models
+    from analyses.feature_learning.variants import VARIANTS
+
+    model = subject.model
+    assert subject.variant is not None
+    with torch.random.fork_rng(devices=[]):
+        twin = models.build(model.architecture, **{**asdict(model.cfg), **VARIANTS[subject.variant]})
+    weights = dict(model.state_dict())
+    if subject.variant == "constant-step":
+        for i in range(len(model.blocks)):
+            stem = f"blocks.{i}.mixer."
+            step = subject.means[f"{stem}hook_delta"].double().mean((0, 1))
+            weights[f"{stem}x_proj.weight"] = weights[f"{stem}x_proj.weight"][model.cfg.rank :]
+            weights[f"{stem}dt_bias"] = (step + torch.log(-torch.expm1(-step))).to(weights[f"{stem}D"])
+            del weights[f"{stem}dt_proj.weight"], weights[f"{stem}dt_proj.bias"]
+    twin.load_state_dict(weights)
+    return twin.to(next(model.parameters())).eval()
+
+
+# --- figure -----------------------------------------------------------------------------------
+
+
+@in_house_style()
+def plot(result: Result) -> Figure:
+    """Error against k; the variants' errors; β read by k; the variants' reading; the label transform, its degrees."""
+    import numpy as np
+
+    from interp import plot as draw
+
+    arrays, config = result.arrays, result.config
+    target, degree = str(arrays["target"]), int(arrays["order"])
+    first, last = arrays["last_window"]
+    figure, panels = draw.grid([(1.25, 0.9, 0.9), (1.0, 1.0, 1.1)], heights=(3.9, 3.7), width=14.5)
+    error, changed, changed_read, reads, curve, degrees = panels
+
+    lines = {
+        _line(who, how): arrays["error"][i]
+        for i, (who, how) in enumerate(zip(arrays["who"], arrays["how"], strict=True))
+    }
+    floor = 0.5 * min(float(one[0][1:].min()) for name, one in lines.items())
+    shown = {name: tuple(one) for name, one in lines.items() if name}
+    draw.curves(error, 1 + arrays["window"], shown, floor=max(floor, 1e-4))
+    draw.baseline(error, 1 + arrays["window"], np.ones(len(arrays["window"])), "predict 0")
+    error.set_xscale("log", base=2)
+    error.set_xlabel("pairs seen + 1 (windows)")
+    error.set_ylabel("error ÷ that of 0 on the same queries")
+    error.legend(frameon=False, fontsize=7, loc="lower left")
+
+    names = [str(name) for name in arrays["variants"]]
+    level = float(arrays["error"][0, 0, -1])
+    for panel, key, zero in (
+        (changed, "change_error", level),
+        (changed_read, "change_read", float(arrays["read_trained"][0, -1])),
+    ):
+        groups = {how: tuple(arrays[key][:, i].T) for i, how in enumerate(("only ablated", "retrained"))}
+        draw.dots(panel, names, {how: ends for how, ends in groups.items() if np.isfinite(ends[0]).any()})
+        panel.axvline(zero, color="0.45", linewidth=1.2, linestyle="--", zorder=0, label="as trained")
+        panel.legend(
+            frameon=False, fontsize=7, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=3, borderaxespad=0.1
+        )
+    seen = arrays["change_error"][np.isfinite(arrays["change_error"])]
+    if seen.max(initial=level) > 4 * seen.min(initial=level):
+        changed.set_xscale("log")
+    changed.set_xlabel(f"error at k = {first}…{last} ÷ that of 0")
+    changed_read.set_xlabel(f"R² of {target} at k = {arrays['ks'][-1]}, best layer")
+
+    ks = arrays["ks"]
+    draw.curves(
+        reads, ks, {"trained": tuple(arrays["read_trained"]), "untrained": tuple(arrays["read_untrained"])}, floor=None
+    )
+    kept = {"shuffled": ("shuffled", 3), "linear": ("Σ y φ(x)", 0), "bent": ("Σ (y, y², tanh y) φ(x)", 1)}
+    for key, (name, style) in kept.items():
+        draw.baseline(reads, ks, arrays[f"read_{key}"][0], name, style=style)
+    reads.set_xscale("log", base=2)
+    reads.set_xticks(ks, [str(k) for k in ks])
+    reads.set_ylim(-0.15, 1.45)  # room for the legend
+    reads.set_yticks([0.0, 0.2, 0.4, 0.6, 0.8, 1.0])
+    reads.set_xlabel("pairs seen, k")
+    reads.set_ylabel(f"R² of {target} from the state, best layer")
+    reads.legend(frameon=False, fontsize=7, loc="upper left", ncols=2)
+
+    named = {"write": "write", "held": "write, Δ at its mean", "untrained": "write, untrained"}
+    have = {key: name for key, name in named.items() if f"curve_{key}" in arrays}
+    draw.curves(curve, arrays["label"], {name: tuple(arrays[f"curve_{key}"]) for key, name in have.items()}, floor=None)
+    middle, root = arrays["label_line"]
+    draw.baseline(curve, arrays["label"], (arrays["label"] - middle) / root, "the label itself")
+    curve.set_xlabel("label y")
+    curve.set_ylabel("t(y) of layer 0, root mean square 1")
+    curve.legend(frameon=False, fontsize=7, loc="best")
+
+    every = range(1, arrays["coefficient_write"].shape[1])
+    bars = {name: tuple(arrays[f"coefficient_{key}"][:, 1:]) for key, name in have.items()}
+    own = arrays["coefficient_label"][1:]
+    draw.bars(degrees, [str(k) for k in every], {**bars, "the label itself": (own, own, own)})
+    degrees.set_xlabel(f"Hermite degree in ⟨β, x⟩ ({degree} finds {target})")
+    degrees.set_ylabel("coefficient of t(y), layer 0")
+    degrees.legend(frameon=False, fontsize=7, loc="best")
+
+    figure.suptitle(_title(result), fontsize=10.5)
+    figure.supxlabel(
+        f"n = {config['prompts']} prompts (errors), {2 * config['prompts']} others (probes; a quarter judges), "
+        f"{max(16, config['prompts'] // 4)} others (e, f: half chooses the entries, half is shown); bands and lines: "
+        "95 % bootstrap over prompts",
+        fontsize=7.5,
+        color="0.35",
+    )
+    return draw.settle(figure)
+
+
+def _line(who: str, how: str) -> str:
+    """What panel a calls a line; empty where it has no place in it."""
+    return {"trained": "the model", "untrained": "", "ablated": "", "retrained": "", "rival": who}[how]
+
+
+def _title(result: Result) -> str:
+    """The sentences that the figure supports, made from its numbers."""
+    from interp.plot import called
+
+    arrays = result.arrays
+    target, degree = str(arrays["target"]), int(arrays["order"])
+    error = {
+        (str(w), str(h)): arrays["error"][i][:, -1]
+        for i, (w, h) in enumerate(zip(arrays["who"], arrays["how"], strict=True))
+    }
+    name = called(result.config["model"])
+    kernel = min((error[f"kernel ridge, {kind}", "rival"] for kind in ("RBF", "polynomial")), key=lambda ends: ends[0])
+    told = error["kernel ridge, told the subspace", "rival"]
+    read, fresh, layer = arrays["read_trained"][:, -1], arrays["read_untrained"][0, -1], int(arrays["layers"][-1])
+    own, first = error["published block", "trained"], arrays["last_window"][0]
+    text = (
+        f"From {first} pairs on {name} leaves {_said(own)} of the error of 0, kernel ridge {_said(kernel)}, told the "
+        f"subspace {_said(told)};\n{target} is read from layer {layer}'s state with R² {_said(read)}, untrained "
+        f"{fresh:.2f}"
+    )
+    words = {"write": "{}", "held": "with Δ at its mean {}", "untrained": "untrained {}"}
+    parts = [
+        word.format(_said(arrays[f"coefficient_{key}"][:, degree]))
+        for key, word in words.items()
+        if f"coefficient_{key}" in arrays
+    ]
+    if parts:
+        text += f";\ncoefficient of degree {degree} of layer 0's label transform: " + ", ".join(parts)
+    for i, how in enumerate(("only ablated", "retrained")):
+        ends = arrays["change_error"][:, i]
+        said = [
+            f"{variant} {_said(one)}" for variant, one in zip(arrays["variants"], ends, strict=True) if one[0] == one[0]
+        ]
+        if said:
+            text += f";\n{how}, the error is " + ", ".join(said)
+    return text
+
+
+def _said(ends: np.ndarray) -> str:
+    """A number with its interval, to a thousandth where it is not smaller."""
+    return "{} [{}, {}]".format(
+        *(f"{end:.3f}".rstrip("0").rstrip(".") if abs(end) >= 0.05 else f"{end:.2g}" for end in ends)
+    )

@@ -1,0 +1,3 @@
+"""numba, threads and compilation: nothing about sites."""
+
+__all__: list[str] = []
