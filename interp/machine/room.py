@@ -42,8 +42,8 @@ HELD = {
     "probe_layers": Held(sites=0.1, own=650.0),
     "compare_states": Held(sites=0.5, own=20.0, pair=120.0, fixed=300.0),
     "attribute_outliers": Held(sites=3.9, own=85.0),
-    "feature_learning": Held(own=3000.0, base=450e6),
-    "learning_curves": Held(own=20.0, fixed=50.0),
+    "feature_learning": Held(own=1300.0, base=1.3e9),
+    "learning_curves": Held(own=35.0, fixed=50.0),
     "train": Held(sites=1.35, own=10.0),
     "zoo": Held(own=30.0, fixed=50.0),
 }
