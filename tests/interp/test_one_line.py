@@ -18,6 +18,7 @@ from tests.interp.verbs import batches
 pytestmark = pytest.mark.contract
 
 
+@pytest.mark.slow
 def test_no_value_brings_more_than_one_short_line(tmp_path: Path) -> None:
     out, root = tmp_path / "faults.json", Path(__file__).resolve().parents[2]
     # A program of its own: the checks of signatures that the tests run under would answer before the verbs do.

@@ -63,6 +63,7 @@ def test_controls_are_scored_like_the_features() -> None:
 
 
 @pytest.mark.statistics
+@pytest.mark.slow
 def test_shuffled_labels_are_at_chance_whatever_the_features_hold() -> None:
     """Many data sets, more features than prompts: the mean of the control is not above 0, and so is the accuracy."""
     scores, accuracies = [], []

@@ -241,6 +241,7 @@ def test_without_a_folder_for_machine_code_it_is_compiled_each_time(
 
 
 @pytest.mark.law
+@pytest.mark.slow
 def test_with_the_compiler_switched_off_it_is_the_definition_and_one_warning() -> None:
     code = """
 import sys, warnings, torch, hooks, models

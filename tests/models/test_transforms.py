@@ -228,10 +228,14 @@ OPERATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any], dict[str, Te
 }
 
 
+PARTS = ("selective_states", "selective_scan_states")
+"""Their operands are those of the selective scan."""
+
+
 @pytest.mark.parametrize(
     ("name", "operand"),
     [
-        pytest.param(name, o, marks=pytest.mark.slow if name == "selective_scan_states" and o != "x" else ())
+        pytest.param(name, o, marks=pytest.mark.slow if name in PARTS and o != "x" else ())
         for name, (_, _, given) in OPERATIONS.items()
         for o in given
     ],

@@ -360,6 +360,7 @@ def test_joint_tokens_and_a_query_of_its_own(tmp_path: Path) -> None:
 
 
 @pytest.mark.end_to_end
+@pytest.mark.slow
 def test_a_model_with_a_transition_matrix_is_compared_in_everything(paths: dict[str, str]) -> None:
     """S4's transition mixes the states; it is the same at every token, so it has neither content nor resets."""
     config = compare_states.Config(models=(paths["s4"], paths["s4d"]), prompts=40, components=6, permutations=20)

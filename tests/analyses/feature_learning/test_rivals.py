@@ -66,6 +66,7 @@ def test_the_judging_prompts_choose_nothing() -> None:
 
 
 @pytest.mark.statistics
+@pytest.mark.slow
 def test_what_is_told_more_errs_less() -> None:
     task, judge = sample(192, n_pairs=33, d=8)
     tune = evaluate.prompts(task, 96, 0, "validation")

@@ -229,6 +229,7 @@ def test_another_recipe_in_the_folder_is_refused_before_anything_is_trained(
 
 
 @pytest.mark.contract
+@pytest.mark.slow
 def test_a_failed_cell_does_not_end_the_sweep_and_is_named_at_the_end(
     tmp_path: Path, engine: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -86,6 +86,7 @@ def test_killed_at_any_line_the_name_holds_the_old_or_the_new(tmp_path: Path, st
 
 
 @pytest.mark.skipif(not EXCHANGES, reason="the system has no exchange of two names")
+@pytest.mark.slow
 def test_while_it_is_replaced_the_name_is_never_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def absences() -> int:
         missed, over = 0, threading.Event()

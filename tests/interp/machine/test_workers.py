@@ -128,9 +128,8 @@ raise SystemExit(cli.main(module, []))
 """
 
 
-@pytest.mark.parametrize(
-    ("interrupted", "says"), [(True, "Ctrl-C"), pytest.param(False, "lost", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("interrupted", "says"), [(True, "Ctrl-C"), (False, "lost")])
+@pytest.mark.slow
 def test_a_command_that_fails_in_one_piece_ends_with_its_line_and_no_abort(interrupted: bool, says: str) -> None:
     """Threads that went on inside torch while the process ends would bring it down with a signal."""
     code = STOPPED.format(interrupted=interrupted)

@@ -182,7 +182,10 @@ def test_a_plain_function_is_a_model_and_trains(task: TokenTask) -> None:
         torch.testing.assert_close(prediction[b, k], logits[b, at].log_softmax(-1))
 
 
-@pytest.mark.parametrize("architecture", ["mamba", "s4d", "linear_attention", "transformer"])
+@pytest.mark.parametrize(
+    "architecture",
+    ["mamba", "transformer", *(pytest.param(name, marks=pytest.mark.slow) for name in ("s4d", "linear_attention"))],
+)
 def test_a_language_model_of_every_architecture_fits_it(task: TokenTask, architecture: str) -> None:
     model = models.build(architecture, d_model=8, n_layers=1, **model_shape(task))
     found = evaluate.errors(model, task, n=4)
