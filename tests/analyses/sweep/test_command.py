@@ -25,6 +25,7 @@ from analyses import sweep as command
 from analyses import train
 from analyses.sweep import local as sweep_local
 from analyses.sweep import rows as sweep_rows
+from analyses.sweep.figure import middle
 from analyses.sweep.local import Job, Outcome
 from hooks.errors import BadArgument, RunFailed
 from interp import cli
@@ -180,7 +181,7 @@ def test_the_middle_k_is_the_middle_number_whatever_it_was_written_as() -> None:
     """Also of a folder of an earlier version, where k was text and "10" came before "5"; the mean over k is no k."""
     rows = {"task": "linreg", "size": "", "model": "mamba", "error": [0.5, 0.3, 0.1, 0.2]}
     for ks in (["5", "10", "20", "mean"], [5.0, 10.0, 20.0, np.nan]):
-        found = command.middle(pd.DataFrame({**rows, "k": ks}))
+        found = middle(pd.DataFrame({**rows, "k": ks}))
         assert found["label"].tolist() == ["linreg, k = 10"] and found["error"].tolist() == [0.3]
 
 
@@ -190,7 +191,7 @@ def test_the_figure_is_drawn_from_the_disk(finished: tuple[Path, Result]) -> Non
     (panel,) = figure.axes
     assert [label.get_text() for label in panel.get_yticklabels()] == ["two, k = 4"]
     assert panel.get_legend_handles_labels()[1] == ["mamba", "s4d", "best classical method"]
-    rows = command.middle(finished[1].table)
+    rows = middle(finished[1].table)
     best = rows.loc[rows["error"].idxmin(), "model"]
     assert figure.get_suptitle() == f"lowest error of 2 models on 1 task: {best} on 1 (1 training each)"
 
