@@ -21,12 +21,14 @@ Cost       45 seconds with 256 prompts and 2 idle cores
 # effects   the ways to replace a signal, and the runs that measure what it costs
 # controls  identities, other places and other prompts, for each replacement
 # rows      the table
+# checks    what must hold for the numbers to mean anything
+# figure    the figure, from the result alone
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +41,7 @@ if TYPE_CHECKING:
 
     from analyses.ablate_delta.effects import Ablation, Cell
     from analyses.ablate_delta.rows import Rows
-    from interp.result import Check, Result
+    from interp.result import Result
     from interp.tasks import Batch, Task
     from interp.variance import Shares
     from models import Root
@@ -49,8 +51,6 @@ __all__ = ["Config", "plot", "run"]
 
 QUICK = 32
 RIVALS = ("lti-mamba", "s4d")
-FP32 = 1e-4
-"""Largest difference between two fp32 paths of one function, relative to the largest value."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,8 @@ def run(config: Config) -> Result:
     Raises BadArgument for a task, model, mode, layer or device that there is not, and for a task
     whose tokens the checkpoint cannot read.
     """
+    from analyses.ablate_delta.checks import all_checks, notes
+
     began = time.perf_counter()
     import numpy as np
 
@@ -154,11 +156,11 @@ def run(config: Config) -> Result:
             **_shares(parts),
             **taps,
         },
-        checks=_checks(subject, controls, rivals, beside, parts, config.seed),
+        checks=all_checks(subject, controls, rivals, beside, parts, config.seed),
         provenance={
             **provenance.provenance(seed=config.seed, device=config.device, seconds=seconds),
             "weights": {each.name: models.digest(each.model) for each in [subject, *rivals]},
-            "notes": _notes(subject, taps),
+            "notes": notes(subject, taps),
         },
     )
 
@@ -254,23 +256,6 @@ def _tap_shares(subject: Subject) -> dict[str, Any]:
     }
 
 
-def _notes(subject: Subject, taps: Mapping[str, Any]) -> list[str]:
-    """What the model lacks, and how much of the frozen tokens the others still hold."""
-    from analyses.ablate_delta.effects import lacking
-
-    notes = [f"{subject.name} has {line}" for line in lacking(subject.model)]
-    for kind, ends in zip(taps.get("tap_share_kinds", ()), taps.get("tap_share", ()), strict=True):
-        share, low, high = ends
-        least, most = (
-            f"{share[i]:.2f} [{low[i]:.2f}, {high[i]:.2f}] (layer {i})" for i in (share.argmin(), share.argmax())
-        )
-        notes.append(
-            f"freeze:{kind} leaves its tokens in the other tokens' convolution taps: a share of {least} to {most}, "
-            f"n = {len(subject.runs.batch)}"
-        )
-    return notes
-
-
 def _rows(
     subject: Subject,
     found: Mapping[Cell, Tensor],
@@ -329,80 +314,6 @@ def _shares(parts: Shares) -> dict[str, Any]:
         "shares": np.stack([parts.share, parts.low, parts.high]),
         "moving": np.stack([parts.moving, parts.moving_low, parts.moving_high]),
     }
-
-
-def _checks(
-    subject: Subject,
-    controls: Mapping[str, Tensor],
-    rivals: list[Subject],
-    beside: Mapping[str, Mapping[Cell, Tensor]],
-    parts: Shares,
-    seed: int,
-) -> list[Check]:
-    """What must hold for the numbers to mean anything."""
-    import torch
-
-    import hooks
-    from analyses.ablate_delta.controls import identity
-    from analyses.ablate_delta.effects import MEANS
-    from interp import cards, evaluate, seeds
-    from interp.metric import rounding
-    from interp.result import Check
-    from interp.tasks.base import least_by_constant
-
-    runs, task, model = subject.runs, subject.task, subject.model
-    checks = []
-    if model.card.get("task_config") == task.config:
-        for k, gap in cards.gaps(model.card, {k: runs.clean[:, k] for k in task.report_ks}).items():
-            checks.append(Check.at_most(f"clean error at k={k} against the card, in standard errors", gap, 4.0))
-    moved = float((controls["identity"] - runs.unedited(identity(model))).abs().max())
-    checks.append(Check.at_most("identity edit: largest change of an error", moved, 0.0))
-    part = runs.batch.take(slice(0, min(64, len(runs.batch))))
-    with torch.no_grad():
-        fused = task.predict(model, part)
-        with hooks.expose(model):
-            exposed = task.predict(model, part)
-            with hooks.edit(model, identity(model)):
-                again = task.predict(model, part)
-    size = float(exposed.abs().max())
-    checks.append(
-        Check.at_most("identity edit on the exposed path: largest change", float((again - exposed).abs().max()), 0.0)
-    )
-    checks.append(
-        Check.at_most(
-            "fused against exposed path, relative", float((fused - exposed).abs().max()) / size, rounding(model, FP32)
-        )
-    )
-    other = task.corrupt(runs.batch, seeds.generator("corrupt", seed))
-    wrong = evaluate.errors(model, task, batch=replace(runs.batch, targets=other.targets))
-    relative = float(wrong.mean()) / least_by_constant(task, other)
-    checks.append(Check.at_least("another task's labels: error relative to the best constant", relative, 0.9))
-    nothing = least_by_constant(task, runs.batch)
-    for rival in rivals:
-        if rival.name == "untrained":
-            relative = float(rival.runs.clean.mean()) / nothing
-            checks.append(Check.at_least("untrained model: error relative to the best constant", relative, 0.9))
-        elif rival.name.startswith(RIVALS):
-            most = max(
-                float((error - rival.runs.clean).abs().max())
-                for cell, error in beside[rival.name].items()
-                if cell.mode in (*MEANS, "resample")
-            )
-            checks.append(
-                Check.at_most(
-                    f"{rival.name}: Δ has no content to lose, largest change", most, rounding(rival.model, FP32 * 10)
-                )
-            )
-            least = min(
-                float((error - rival.runs.clean).abs().max())
-                for cell, error in beside[rival.name].items()
-                if cell.mode.startswith("scale")
-            )
-            checks.append(Check.at_least(f"{rival.name}: scaling Δ does change the error", least, FP32 * 10))
-    checks.append(
-        Check.at_most("variance shares: distance of their sum from 1", abs(float(parts.share.sum()) - 1), 1e-9)
-    )
-    return checks
 
 
 @in_house_style(font_scale=1.05)

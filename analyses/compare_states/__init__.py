@@ -20,9 +20,10 @@ Cost       65 seconds with 256 prompts, three models of 8 layers and 2 idle core
 """
 
 # Beside this file:
-# study       the measurements: decoding, similarity, swaps
-# rows        the table
-# figure      the figure
+# study   the measurements: decoding, similarity, swaps
+# rows    the table
+# figure  the figure
+# checks  what must hold for the numbers to mean anything
 
 from __future__ import annotations
 
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from analyses.compare_states.study import Plan, Study
-    from interp.result import Check, Result
+    from interp.result import Result
     from interp.similarity import Similarity
     from interp.tasks import Task
     from models import Root
@@ -54,8 +55,6 @@ __all__ = ["Config", "plot", "run"]
 
 QUICK = 64
 STEMS = ("mamba", "s4d", "lti-mamba")
-FP32 = 1e-4
-"""Largest difference between two fp32 paths of one function, relative to the largest value."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +96,8 @@ def run(config: Config) -> Result:
     Raises BadArgument for fewer than two models, models of different tasks, a model without ``hook_state``, and
     numbers that do not work.
     """
+    from analyses.compare_states.checks import all_checks, notes
+
     began = time.perf_counter()
     import numpy as np
 
@@ -137,12 +138,12 @@ def run(config: Config) -> Result:
         config={**given, **effective, "models": names, "task_config": task.config},
         table=state_rows.table(studies, alike, asked),
         arrays={**state_rows.arrays(studies, alike, asked), "trained": np.array(_trained(loaded[0]))},
-        checks=_checks(studies, loaded, alike, asked),
+        checks=all_checks(studies, loaded, alike, asked),
         provenance={
             **provenance.provenance(seed=config.seed, device=config.device, seconds=time.perf_counter() - began),
             "weights": {name: models.digest(model) for name, model in zip(names, loaded, strict=True)},
             "without decays": [each.name for each in studies if each.forgets is None and asked.remembers],
-            "notes": _notes(studies, dict(zip(names, loaded, strict=True)), asked),
+            "notes": notes(studies, dict(zip(names, loaded, strict=True)), asked),
         },
     )
 
@@ -242,82 +243,6 @@ def _compared(xs: list[Tensor | None], ys: list[Tensor | None], measure: str, as
         p=wide(found.p),
         p_family=wide(found.p_family),
     )
-
-
-def _notes(studies: list[Study], loaded: dict[str, Root], asked: Plan) -> list[str]:
-    """One line for each part that this task or these prompts leave out."""
-    from analyses.compare_states.study import REMEMBERS, unasked, unread
-    from interp import cards, probe
-    from interp.similarity import varies
-
-    notes = cards.differing(loaded, asked.task)
-    judges = len(asked.split.test)
-    if judges < probe.FEWEST:
-        notes.append(
-            f"{judges} prompts judge the probes: below {probe.FEWEST}, from {2 * probe.FEWEST} prompts on, their "
-            "intervals lie above 0 by chance more often than they say"
-        )
-    if alike := unread(asked):
-        notes.append(f"after 0 examples {', '.join(alike)} are the same for every prompt: not probed")
-    if pair := unasked(asked):
-        notes.append(f"the first query is a clean one: {', '.join(pair)} of the first pair not probed after 0 examples")
-    for study in studies:
-        still = [str(layer) for layer, rows in enumerate(study.rows[0]) if not varies(rows)]
-        if still:
-            notes.append(f"after 0 examples the states of {study.name} in layers {', '.join(still)} are the same for ")
-            notes[-1] += "every prompt: not compared"
-    if not asked.remembers:
-        notes.append(
-            f"prompts of fewer than {REMEMBERS + 1} pairs leave no room to remember: no decay, half-life, reset or "
-            "derivative is measured"
-        )
-    if asked.swap_k == 0:
-        notes.append("prompts of one pair have no context: no state is swapped")
-    return notes
-
-
-def _checks(studies: list[Study], loaded: list[Root], alike: Alike, asked: Plan) -> list[Check]:
-    """What must hold for the numbers to mean anything, model by model."""
-    import numpy as np
-
-    from interp import cards
-    from interp.metric import rounding
-    from interp.result import Check
-
-    checks = []
-    for study, model in zip(studies, loaded, strict=True):
-        name = study.name
-        ks = asked.task.report_ks if model.card["task_config"] == asked.task.config else ()
-        alone = study.error.shape[1] == 1
-        for k, gap in cards.gaps(model.card, {k: study.error[:, -1 if alone else k] for k in ks}).items():
-            checks.append(Check.at_most(f"{name}: clean error at k={k} against the card, standard errors", gap, 4.0))
-        if study.exact is not None and study.nothing is not None:
-            off = abs(float(study.exact.mean) - 1)
-            checks.append(
-                Check.at_most(
-                    f"{name}: swap of the whole state, distance of its slope from 1", off, rounding(model, 1e-3)
-                )
-            )
-            checks.append(Check.at_most(f"{name}: swap of nothing, largest change", study.nothing, 0.0))
-        for target, reading in study.reading.items():
-            shuffled = float(np.nanmean(reading.shuffled[..., 0]))
-            checks.append(Check.at_most(f"{name}: shuffled {target}, mean R²", shuffled, reading.lucky))
-        if study.reach_gap is not None:
-            checks.append(Check.at_most(f"{name}: derivative against differences, relative", study.reach_gap, 0.05))
-        if study.forgets is not None:
-            gap = study.forgets.error
-            checks.append(
-                Check.at_most(f"{name}: states rebuilt from decays and writes, relative", gap, rounding(model, FP32))
-            )
-    for k, pairs in alike.items():
-        for (i, j), measures in pairs.items():
-            # Its variance under permutation is about 2 / (n (n − 3)) (Székely and Rizzo 2013); 5, because the largest
-            # of all pairs of layers is asked.
-            null = measures["cka"]
-            off = float(np.nanmax(np.abs(null.null_mean))) * (null.n * (null.n - 3) / 2 * null.n_perm) ** 0.5
-            what = f"{studies[i].name}, {studies[j].name}: debiased CKA of permuted prompts, k={k}"
-            checks.append(Check.at_most(f"{what}, largest in standard errors", off, 5.0))
-    return checks
 
 
 @in_house_style()

@@ -15,11 +15,12 @@ Cost       30 seconds for the six bundled models of linreg, 512 prompts, six pan
 # errors     of models and rivals on a task, its shifts and longer prompts
 # published  the numbers of the papers, with their settings
 # rows       the table
+# checks     what must hold for the numbers to mean anything
+# figure     the figure, from the result alone
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -31,10 +32,8 @@ from interp.figures import in_house_style
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from analyses.learning_curves.errors import Curve
     from analyses.learning_curves.rows import Drawn
-    from interp.result import Check, Result
-    from interp.rivals import Rival
+    from interp.result import Result
     from interp.tasks import Task
 
 __all__ = ["Config", "plot", "run"]
@@ -42,8 +41,6 @@ __all__ = ["Config", "plot", "run"]
 
 QUICK = 64
 QUICK_FITTED = 16
-FP32 = 1e-4
-"""Largest difference between two fp32 paths of one function, relative to the largest value."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +87,8 @@ def run(config: Config) -> Result:
     trained with other options is noted, and not held against its card. Raises BadArgument for a task, model, rival,
     shift or device that there is not, for a model of another task, and for published numbers of another setting.
     """
+    from analyses.learning_curves.checks import all_checks
+
     began = time.perf_counter()
     import models
     from analyses.learning_curves import errors as curves
@@ -149,7 +148,7 @@ def run(config: Config) -> Result:
         config={**asked, **resolved, "shifts": [each.name for each in found], "task_config": task.config},
         table=curve_rows.table(drawn, config.reach),
         arrays=curve_rows.arrays(drawn),
-        checks=_checks(loaded, [each for each in beside if each.name in shown], task, drawn, config.seed),
+        checks=all_checks(loaded, [each for each in beside if each.name in shown], task, drawn, config.seed),
         provenance={
             **provenance.provenance(seed=config.seed, device=config.device, seconds=time.perf_counter() - began),
             "weights": {name: models.digest(model) for name, model in loaded.items()},
@@ -194,30 +193,6 @@ def _options(task: Task) -> str:
 
 
 # --- checks -----------------------------------------------------------------------------------
-
-
-def _checks(
-    loaded: Mapping[str, Any], beside: Sequence[Rival], task: Task, drawn: Sequence[Drawn], seed: int
-) -> list[Check]:
-    """What must hold for the numbers to mean anything."""
-    from analyses.learning_curves import rows as curve_rows
-    from interp import cards
-    from interp.result import Check
-
-    checks: list[Check] = []
-    own = drawn[0]
-    by_name: dict[str, Curve] = {curve.who: curve for curve in own.curves}
-    for name, model in loaded.items():
-        if model.card.get("task_config") == task.config and name in by_name:
-            curve = by_name[name]
-            columns = {k: curve.error[:, i] for i, k in enumerate(curve.ks)}
-            for k, gap in cards.gaps(model.card, columns).items():
-                checks.append(Check.at_most(f"{name}: error at k={k} against the card, standard errors", gap, 4.0))
-    for who, gap in curve_rows.closed_gaps(task, beside, seed).items():
-        checks.append(Check.at_most(f"{who}: distance from its closed form, standard errors", gap, 4.0))
-    for who, change in curve_rows.leaks(task, loaded, beside, own.setting, seed).items():
-        checks.append(Check.at_most(f"{who}: change by another query label, relative", change, FP32))
-    return checks
 
 
 # --- figure -----------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ Cost       the sum of its cells: those of zoo take 2 to 49 minutes each, togethe
 # local    processes of this machine
 # cluster  the same commands as tasks of a Ray cluster
 # rows     the table
+# figure   the figure, from the result alone
 
 from __future__ import annotations
 

@@ -19,6 +19,7 @@ import hooks
 import models
 from analyses import ablate_delta
 from analyses.ablate_delta import controls as ablation_controls
+from analyses.ablate_delta.checks import all_checks
 from analyses.ablate_delta.effects import Cell
 from hooks.errors import BadArgument
 from interp import cli, evaluate, tasks, variance
@@ -161,7 +162,7 @@ def failing(config: ablate_delta.Config, monkeypatch: pytest.MonkeyPatch, **chan
     parts = variance.shares(log_delta, batch.kinds, n_boot=10)
     parts = dataclasses.replace(parts, share=parts.share * changes.pop("share", 1.0))
     assert not changes
-    found = ablate_delta._checks(subject, controls, rivals, beside, parts, 0)
+    found = all_checks(subject, controls, rivals, beside, parts, 0)
     return {check.name for check in found if not check.ok}
 
 

@@ -18,6 +18,7 @@ from analyses import attribute_outliers as analysis
 from analyses.attribute_outliers import edits as outlier_edits
 from analyses.attribute_outliers import factors as outlier_factors
 from analyses.attribute_outliers import parts as outlier_parts
+from analyses.attribute_outliers.checks import all_checks
 from analyses.attribute_outliers.parts import FLAGS, GATED, IDENTITY, LEFT_OUT, PRODUCTS, SHARES, SUMS, UNDONE, Findings
 from analyses.attribute_outliers.prompts import draw
 from hooks.errors import BadArgument
@@ -260,7 +261,7 @@ def failing(
     subjects = analysis._open(given)
     subjects.model.card["measured"]["model"]["k=8"]["error"] += card
     untrained = analysis._untrained(subjects, given) if untrained is None else untrained
-    checks = analysis._checks(found or Findings(), subjects, untrained, 64, 0)
+    checks = all_checks(found or Findings(), subjects, untrained, 64, 0)
     return {check.name for check in checks if not check.ok}
 
 

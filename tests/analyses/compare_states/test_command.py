@@ -17,6 +17,7 @@ import hooks
 import models
 from analyses import compare_states
 from analyses.compare_states import rows as state_rows
+from analyses.compare_states.checks import all_checks, notes
 from analyses.compare_states.study import Plan, Study, plan, study
 from hooks.errors import BadArgument
 from interp import cli, evaluate, seeds, similarity, states, tasks
@@ -220,9 +221,9 @@ def test_a_layer_that_is_the_same_for_every_prompt_at_k_0_is_not_compared(
         assert np.isnan(each.value[0]).all() and np.isnan(each.p_family[0]).all(), measure
         np.testing.assert_allclose(each.value[1:], parts[2][0][0, 1][measure].value[1:])
     names = dict(zip([one.name for one in still], loaded, strict=True))
-    (note,) = [note for note in compare_states._notes(still, names, asked) if "states of" in note]
+    (note,) = [note for note in notes(still, names, asked) if "states of" in note]
     assert f"{still[0].name} in layers 0 are the same" in note
-    compare_states._checks(still, loaded, alike, asked)
+    all_checks(still, loaded, alike, asked)
     assert state_rows.table(still, alike, asked).query("quantity == 'cka' and k == 0").layers.tolist() == [
         "1 ~ 0", "1 ~ 1", "1 ~ 2",
     ]  # fmt: skip
@@ -390,7 +391,7 @@ def failing(parts: tuple[list[Study], list[Any], Any, Plan], **changes: Any) -> 
     found, loaded, alike, asked = parts
     alike = changes.pop("alike", alike)
     changed = [dataclasses.replace(found[0], **changes), *found[1:]]
-    checks = compare_states._checks(changed, loaded, alike, asked)
+    checks = all_checks(changed, loaded, alike, asked)
     return {check.name.split(": ", 1)[1] for check in checks if not check.ok}
 
 
@@ -444,7 +445,7 @@ def test_broken_runs_are_seen_by_the_study_itself(
     told = {
         name: dataclasses.replace(r, lucky=r.lucky * len(asked.split.test) / 200) for name, r in broken.reading.items()
     }
-    checks = compare_states._checks([dataclasses.replace(broken, reading=told)], loaded[:1], {}, asked)
+    checks = all_checks([dataclasses.replace(broken, reading=told)], loaded[:1], {}, asked)
     names = {check.name.split(": ", 1)[1] for check in checks if not check.ok}
     assert "swap of the whole state, distance of its slope from 1" in names
     assert names & {f"shuffled {target}, mean R²" for target in broken.reading}

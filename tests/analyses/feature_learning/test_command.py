@@ -15,6 +15,7 @@ import torch
 
 import models
 from analyses import feature_learning, train
+from analyses.feature_learning.checks import all_checks
 from analyses.feature_learning.rows import All
 from analyses.feature_learning.variants import VARIANTS
 from hooks.errors import BadArgument
@@ -190,7 +191,7 @@ def every(config: feature_learning.Config) -> All:
 
 
 def failing(every: All) -> set[str]:
-    return {check.name for check in feature_learning._checks(every) if not check.ok}
+    return {check.name for check in all_checks(every) if not check.ok}
 
 
 def changed(every: All, i: int = 0, **fields: Any) -> All:
@@ -249,7 +250,7 @@ def test_a_transform_that_is_not_recovered_is_seen(every: All) -> None:
 
 
 def test_a_label_in_what_has_none_is_seen(every: All, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(feature_learning, "_without", lambda y: y)
+    monkeypatch.setattr("analyses.feature_learning.checks._without", lambda y: y)
     assert failing(every) == {"planted write without the label: what follows it"}
 
 

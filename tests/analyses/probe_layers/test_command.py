@@ -18,6 +18,7 @@ import models
 from analyses import probe_layers
 from analyses.probe_layers import families, fitting
 from analyses.probe_layers import readings as layers
+from analyses.probe_layers.checks import all_checks
 from hooks.errors import BadArgument
 from interp import cli, evaluate, lens, tasks
 from interp.result import Result
@@ -205,7 +206,7 @@ def test_wrong_arguments_are_one_line(config: probe_layers.Config, flags: dict[s
 
 @pytest.fixture(scope="module")
 def parts(config: probe_layers.Config) -> dict[str, Any]:
-    """What ``_checks`` is given."""
+    """What ``all_checks`` is given."""
     with torch.no_grad():
         subject = probe_layers._subject(config)
         levels = layers.error_map(subject, 80)
@@ -220,7 +221,7 @@ def parts(config: probe_layers.Config) -> dict[str, Any]:
 
 
 def failing(parts: dict[str, Any], **changes: Any) -> set[str]:
-    return {check.name for check in probe_layers._checks(**{**parts, **changes}) if not check.ok}
+    return {check.name for check in all_checks(**{**parts, **changes}) if not check.ok}
 
 
 def test_untampered_checks_hold(parts: dict[str, Any]) -> None:
