@@ -91,6 +91,8 @@ def kind(name: str) -> str:
 
 HALF = {torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Six and ten units in the last place: what a few layers in half precision round away of their largest number."""
+FP32 = 1e-4
+"""Largest difference between two fp32 paths of one function, relative to the largest value."""
 
 
 def rounding(model: Any, least: float) -> float:

@@ -157,6 +157,18 @@ def test_our_packages_are_checked(request: pytest.FixtureRequest) -> None:
         unknown(1, "a", [])
 
 
+@pytest.mark.parametrize("again", [False, True])
+def test_every_test_begins_with_all_its_checks(again: bool, request: pytest.FixtureRequest) -> None:
+    """The second finds none left if a test does not begin afresh."""
+    if request.config.getoption("--no-shape-checks"):
+        pytest.skip("asked for with --no-shape-checks")
+    from hooks.errors import unknown
+
+    for _ in range(shapes.CALLS):
+        with pytest.raises(TypeCheckError, match="violates type hint"):
+            unknown(1, "a", [])
+
+
 def test_shapes_must_be_checked_from_the_start() -> None:
     with pytest.raises(RuntimeError, match="loaded before"):
         shapes.install(["tests"])

@@ -16,9 +16,6 @@ if TYPE_CHECKING:
     from interp.result import Check
     from interp.variance import Shares
 
-FP32 = 1e-4
-"""Largest difference between two fp32 paths of one function, relative to the largest value."""
-
 
 def notes(subject: Subject, taps: Mapping[str, Any]) -> list[str]:
     """What the model lacks, and how much of the frozen tokens the others still hold."""
@@ -52,7 +49,7 @@ def all_checks(
     from analyses.ablate_delta.controls import identity
     from analyses.ablate_delta.effects import MEANS
     from interp import cards, evaluate, seeds
-    from interp.metric import rounding
+    from interp.metric import FP32, rounding
     from interp.result import Check
     from interp.tasks.base import least_by_constant
 

@@ -13,9 +13,6 @@ if TYPE_CHECKING:
 
     Alike = Mapping[int, Mapping[tuple[int, int], Mapping[str, Similarity]]]
 
-FP32 = 1e-4
-"""Largest difference between two fp32 paths of one function, relative to the largest value."""
-
 
 def notes(studies: list[Study], loaded: dict[str, Root], asked: Plan) -> list[str]:
     """One line for each part that this task or these prompts leave out."""
@@ -54,7 +51,7 @@ def all_checks(studies: list[Study], loaded: list[Root], alike: Alike, asked: Pl
     import numpy as np
 
     from interp import cards
-    from interp.metric import rounding
+    from interp.metric import FP32, rounding
     from interp.result import Check
 
     checks = []

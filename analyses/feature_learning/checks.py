@@ -10,9 +10,6 @@ if TYPE_CHECKING:
     from analyses.feature_learning.study import Subject
     from interp.result import Check
 
-FP32 = 1e-4
-"""Largest difference between two fp32 paths of one function, relative to the largest value."""
-
 
 def all_checks(every: All) -> list[Check]:
     """What must hold for the numbers to mean anything."""
@@ -23,7 +20,7 @@ def all_checks(every: All) -> list[Check]:
     from analyses.feature_learning.transform import exact, features, transform
     from hooks.inputs import fed
     from interp import cards, evaluate
-    from interp.metric import rounding
+    from interp.metric import FP32, rounding
     from interp.probe import lucky
     from interp.result import Check
 

@@ -12,9 +12,6 @@ if TYPE_CHECKING:
     from interp.rivals import Rival
     from interp.tasks import Task
 
-FP32 = 1e-4
-"""Largest difference between two fp32 paths of one function, relative to the largest value."""
-
 
 def all_checks(
     loaded: Mapping[str, Any], beside: Sequence[Rival], task: Task, drawn: Sequence[Drawn], seed: int
@@ -22,6 +19,7 @@ def all_checks(
     """What must hold for the numbers to mean anything."""
     from analyses.learning_curves import rows as curve_rows
     from interp import cards
+    from interp.metric import FP32
     from interp.result import Check
 
     checks: list[Check] = []

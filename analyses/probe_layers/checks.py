@@ -10,9 +10,6 @@ if TYPE_CHECKING:
     from analyses.probe_layers.readings import Lens, Map, Probed, Subject
     from interp.result import Check
 
-FP32 = 1e-4
-"""Largest difference between two fp32 paths of one function, relative to the largest value."""
-
 
 def notes(subject: Subject, probes: list[Probed], levels: Map) -> list[str]:
     """One line for each part that this model or task leaves out."""
@@ -54,7 +51,7 @@ def all_checks(
     from hooks.inputs import fed
     from interp import cards, lens
     from interp.evaluate import predictions
-    from interp.metric import rounding
+    from interp.metric import FP32, rounding
     from interp.result import Check
     from interp.stats import ratio
 
